@@ -1,0 +1,95 @@
+"""Sizes and switches of a Llama-family decoder."""
+
+import dataclasses
+
+from jaxmodels.layers.rotary import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """How an expert feed-forward layer chooses.
+
+    router: ``softmax`` (trained; Mixtral, Qwen3-MoE, OLMoE) or, for a dense layer that was split, one of
+    jaxmodels.experts.routers' kinds, or ``all`` (every expert runs: the exact decomposition).
+    top_k: experts per token. renormalise: chosen weights sum to 1 (trained routers only).
+    shared: the first ``shared`` experts run for every token. block: tokens that are routed together.
+    """
+
+    num_experts: int
+    top_k: int
+    router: str = "softmax"
+    renormalise: bool = True
+    shared: int = 0
+    block: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer. Defaults are Llama's; the named sizes cite where they come from.
+
+    ffn_widths: hidden width F of each layer, dense; width of one expert in layers that ``expert_layers`` marks.
+    windows: sliding-window length of each layer, None for full attention.
+    norm_placement: ``pre`` (Llama) or ``post`` (OLMo-2: the norm follows the sub-layer, before the residual add).
+    qk_norm: None, ``head`` (Qwen3) or ``full`` (OLMo-2, OLMoE). clip_qkv: projections clipped to ±value (OLMoE).
+    scan_layers: equal neighbours are stacked and scanned (training); False unrolls (decoding, pruned models).
+    family: the Hugging Face ``model_type`` that this configuration is written back as.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_widths: tuple[int, ...]
+    activation: str = "silu"
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = 1e-5
+    max_positions: int = 2048
+    windows: tuple[int | None, ...] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    down_bias: bool = False
+    qk_norm: str | None = None
+    norm_placement: str = "pre"
+    clip_qkv: float | None = None
+    tied: bool = False
+    experts: ExpertConfig | None = None
+    expert_layers: tuple[bool, ...] | None = None
+    family: str = "llama"
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.ffn_widths)
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and (self.expert_layers is None or self.expert_layers[layer])
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of the runs of layers that are stacked together: equal neighbours, or single layers."""
+        cuts = [0]
+        for i in range(1, self.num_layers):
+            equal = (self.ffn_widths[i] == self.ffn_widths[i - 1]) and (self.has_experts(i) == self.has_experts(i - 1))
+            if not (equal and self.scan_layers):
+                cuts.append(i)
+        return tuple(zip(cuts, [*cuts[1:], self.num_layers], strict=True))
+
+    @classmethod
+    def tiny(cls, **overrides) -> "DecoderConfig":
+        """Three layers that run in milliseconds: for tests and for checking an installation."""
+        sizes = dict(vocab_size=97, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_widths=(48,) * 3)
+        return cls(**(sizes | overrides))
+
+    @classmethod
+    def smollm2_135m(cls, **overrides) -> "DecoderConfig":
+        """SmolLM2-135M (Allal et al. 2025, table of model sizes; config.json of the release)."""
+        sizes = dict(vocab_size=49_152, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_widths=(1536,) * 30,
+                     rope=RopeConfig(theta=100_000.0), max_positions=8192, tied=True, bos_id=1, eos_ids=(2,), pad_id=2)
+        return cls(**(sizes | overrides))

@@ -1,0 +1,307 @@
+"""Between Hugging Face's names and configs and ours, for every family of the decoder."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.decoder.config import DecoderConfig, ExpertConfig
+from jaxmodels.errors import UserError
+from jaxmodels.hub.entries import Entry, Source, transpose
+from jaxmodels.layers.rotary import RopeConfig
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM", "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM",
+}
+MODEL_TYPES = frozenset(ARCHITECTURES)
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+                "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+_ROPE_FIELDS = {  # Hugging Face's name -> ours
+    "factor": "factor", "original_max_position_embeddings": "original_max_positions",
+    "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor", "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow", "attention_factor": "attention_factor", "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim", "truncate": "truncate",
+}
+_ROPE_WRITTEN = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+             "mscale_all_dim", "truncate"),
+}
+_ROPE_KINDS = tuple(_ROPE_WRITTEN)
+
+
+def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """A config.json as DecoderConfig. Reads transformers' 4.x and 5.x spellings, and the ``jaxmodels`` key that
+    ``jaxmodels.save`` adds for split and pruned models. UserError names what is missing or not supported."""
+    family = hf.get("model_type")
+    if family not in MODEL_TYPES:
+        raise UserError(f"model_type {family!r} is not one that the decoder reads; supported: "
+                        f"{', '.join(sorted(MODEL_TYPES))}")
+    missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                           "intermediate_size") if not isinstance(hf.get(k), int) or hf[k] < 1]
+    if missing:
+        raise UserError(f"config.json has no positive integer {missing[0]!r}; fetch the model's own config.json")
+    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    activation = _ACTIVATIONS.get(hf.get("hidden_act", "silu"))
+    if activation is None:
+        raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    experts, expert_layers = _experts(family, hf, layers)
+    width = hf["intermediate_size"]
+    if experts is not None:
+        expert_width = hf.get("moe_intermediate_size", width)
+        widths = tuple(expert_width if expert_layers is None or e else width
+                       for e in expert_layers or (True,) * layers)
+    else:
+        widths = (width,) * layers
+    eos = hf.get("eos_token_id")
+    config = DecoderConfig(
+        vocab_size=hf["vocab_size"], d_model=hf["hidden_size"], num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, ffn_widths=widths, activation=activation, rope=_rope(hf),
+        norm_eps=hf.get("rms_norm_eps", 1e-6), max_positions=hf.get("max_position_embeddings", 2048),
+        windows=_windows(family, hf, layers),
+        qkv_bias=family == "qwen2" or bool(hf.get("attention_bias", False)),
+        out_bias=family != "qwen2" and bool(hf.get("attention_bias", False)),
+        mlp_bias=bool(hf.get("mlp_bias", False)),
+        qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmo2": "full", "olmoe": "full"}.get(family),
+        norm_placement="post" if family == "olmo2" else "pre", clip_qkv=hf.get("clip_qkv"),
+        tied=bool(hf.get("tie_word_embeddings", False)), experts=experts, expert_layers=expert_layers, family=family,
+        bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"),
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
+    return _with_ours(config, hf.get("jaxmodels", {}))
+
+
+def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
+    import dataclasses
+
+    if "experts" in ours:
+        config = dataclasses.replace(config, experts=ExpertConfig(**ours["experts"]))
+        E = config.experts.num_experts
+        bad = [w for w in config.ffn_widths if E < 1 or w % E]
+        if bad:
+            raise UserError(f"config.json splits a feed-forward width of {bad[0]} into {E} experts, which does not "
+                            "divide it; split the model again")
+        config = dataclasses.replace(config, ffn_widths=tuple(w // E for w in config.ffn_widths))
+    if "ffn_widths" in ours:
+        if len(ours["ffn_widths"]) != config.num_layers:
+            raise UserError(f"config.json lists {len(ours['ffn_widths'])} ffn_widths for {config.num_layers} layers; "
+                            "prune the model again")
+        config = dataclasses.replace(config, ffn_widths=tuple(ours["ffn_widths"]))
+    return dataclasses.replace(config, down_bias=bool(ours.get("down_bias", config.down_bias)))
+
+
+def _experts(family: str, hf: dict[str, Any], layers: int):
+    if family not in ("mixtral", "qwen3_moe", "olmoe"):
+        return None, None
+    count = hf.get("num_local_experts") or hf.get("num_experts")
+    if not count:
+        raise UserError(f"config.json of a {family} model has no num_experts; fetch the model's own config.json")
+    renormalise = True if family == "mixtral" else bool(hf.get("norm_topk_prob", False))
+    experts = ExpertConfig(num_experts=count, top_k=hf.get("num_experts_per_tok", 2), renormalise=renormalise)
+    step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or ())
+    if family != "qwen3_moe" or (step == 1 and not dense):
+        return experts, None
+    return experts, tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
+
+
+def _rope(hf: dict[str, Any]) -> RopeConfig:
+    """``rope_theta`` and ``rope_scaling`` (transformers 4.x) or ``rope_parameters`` (5.x)."""
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in _ROPE_KINDS:
+        raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}")
+    fields = {ours: parameters[name] for name, ours in _ROPE_FIELDS.items() if parameters.get(name) is not None}
+    if kind in ("llama3", "yarn"):
+        fields.setdefault("original_max_positions", hf.get("original_max_position_embeddings")
+                          or hf.get("max_position_embeddings", 2048))
+    if kind == "default":
+        fields = {}
+    return RopeConfig(theta=float(theta), kind=kind, **fields)
+
+
+def _windows(family: str, hf: dict[str, Any], layers: int):
+    window = hf.get("sliding_window")
+    if window is None or family not in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
+        return None
+    if family.startswith("qwen"):
+        if not hf.get("use_sliding_window", False):
+            return None
+        if family != "qwen3_moe":
+            types = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 28)
+                                              else "full_attention" for i in range(layers)]
+            return tuple(window if t == "sliding_attention" else None for t in types)
+    return (window,) * layers
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json that transformers reads; what it cannot express stands under ``jaxmodels``."""
+    family, experts = config.family, config.experts
+    trained = experts is not None and experts.router == "softmax"
+    split = experts is not None and not trained
+    widths = tuple(w * experts.num_experts for w in config.ffn_widths) if split else config.ffn_widths
+    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+    if config.rope.kind != "default":
+        rope |= {name: getattr(config.rope, _ROPE_FIELDS[name]) for name in _ROPE_WRITTEN[config.rope.kind]
+                 if getattr(config.rope, _ROPE_FIELDS[name]) is not None}
+    hf: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]], "model_type": family, "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "intermediate_size": max(widths), "rms_norm_eps": config.norm_eps,
+        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
+        "max_position_embeddings": config.max_positions, "tie_word_embeddings": config.tied,
+        "attention_bias": config.out_bias, "rope_theta": config.rope.theta, "rope_parameters": rope,
+        "bos_token_id": config.bos_id, "pad_token_id": config.pad_id, "torch_dtype": config.param_dtype,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+    }
+    if config.rope.kind != "default":
+        hf["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if family == "llama":
+        hf["mlp_bias"] = config.mlp_bias
+    if config.clip_qkv is not None:
+        hf["clip_qkv"] = config.clip_qkv
+    if config.windows is not None:
+        sliding = [w is not None for w in config.windows]
+        hf["sliding_window"] = next(w for w in config.windows if w is not None)
+        if family.startswith("qwen"):
+            hf["use_sliding_window"] = True
+            hf["max_window_layers"] = 0 if family == "qwen3_moe" else sliding.index(True)
+            if family != "qwen3_moe":
+                hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
+    else:
+        hf["sliding_window"] = None
+    if trained:
+        hf["num_local_experts" if family == "mixtral" else "num_experts"] = experts.num_experts
+        hf["num_experts_per_tok"] = experts.top_k
+        if family != "mixtral":
+            hf["norm_topk_prob"] = experts.renormalise
+        if family == "qwen3_moe":
+            sparse = [config.has_experts(i) for i in range(config.num_layers)]
+            hf["moe_intermediate_size"] = config.ffn_widths[sparse.index(True)]
+            hf["decoder_sparse_step"] = 1
+            hf["mlp_only_layers"] = [i for i, s in enumerate(sparse) if not s]
+    ours: dict[str, Any] = {}
+    if split:
+        ours["experts"] = {k: getattr(experts, k) for k in ("num_experts", "top_k", "router", "renormalise", "shared",
+                                                            "block")}
+    elif not trained and len(set(widths)) > 1:
+        ours["ffn_widths"] = list(widths)
+    if config.down_bias and not config.mlp_bias:
+        ours["down_bias"] = True
+    return hf | ({"jaxmodels": ours} if ours else {})
+
+
+def entries(config: DecoderConfig) -> list[Entry]:
+    """Every parameter leaf of ``Decoder(config)``: its path in the pure-dict state and the tensors it is made of."""
+    V, D, N, K, H = config.vocab_size, config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+    out = [_entry(("embed",), (V, D), "model.embed_tokens.weight"),
+           _entry(("norm", "scale"), (D,), "model.norm.weight")]
+    if not config.tied:
+        out.append(Entry(("head",), (D, V), (Source("lm_head.weight", (V, D), transpose, transpose),)))
+    first, second = (("input_layernorm", "post_attention_layernorm") if config.norm_placement == "pre"
+                     else ("post_attention_layernorm", "post_feedforward_layernorm"))
+    norm_widths = {"head": (H, H), "full": (N * H, K * H)}.get(config.qk_norm)
+    for g, (start, stop) in enumerate(config.groups):
+        layers = range(start, stop)
+
+        def leaf(path, shape, name, hf_shape=None, to_ours=None, to_hf=None, g=g, layers=layers):
+            sources = tuple(_source(f"model.layers.{i}.{name}", shape, hf_shape, to_ours, to_hf) for i in layers)
+            out.append(Entry(("groups", g, *path), (len(layers), *shape), sources, lead=(len(layers),)))
+
+        leaf(("attention_norm", "scale"), (D,), f"{first}.weight")
+        leaf(("ffn_norm", "scale"), (D,), f"{second}.weight")
+        for ours, theirs, n in (("query", "q", N), ("key", "k", K), ("value", "v", K)):
+            leaf(("attention", ours), (D, n, H), f"self_attn.{theirs}_proj.weight", (n * H, D),
+                 functools.partial(_heads_out, shape=(D, n, H)), _heads_out_back)
+            if config.qkv_bias:
+                leaf(("attention", f"{ours}_bias"), (n, H), f"self_attn.{theirs}_proj.bias", (n * H,),
+                     functools.partial(np.reshape, shape=(n, H)), np.ravel)
+        leaf(("attention", "out"), (N, H, D), "self_attn.o_proj.weight", (D, N * H),
+             functools.partial(_heads_in, shape=(N, H, D)), _heads_in_back)
+        if config.out_bias:
+            leaf(("attention", "out_bias"), (D,), "self_attn.o_proj.bias")
+        if norm_widths:
+            leaf(("attention", "query_norm", "scale"), (norm_widths[0],), "self_attn.q_norm.weight")
+            leaf(("attention", "key_norm", "scale"), (norm_widths[1],), "self_attn.k_norm.weight")
+        _ffn_entries(config, start, layers, leaf, out, g)
+    return out
+
+
+def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: list[Entry], g: int) -> None:
+    D, F = config.d_model, config.ffn_widths[start]
+    if not config.has_experts(start):
+        for ours in ("gate", "up"):
+            leaf(("ffn", ours), (D, F), f"mlp.{ours}_proj.weight", (F, D), transpose, transpose)
+            if config.mlp_bias:
+                leaf(("ffn", f"{ours}_bias"), (F,), f"mlp.{ours}_proj.bias")
+        leaf(("ffn", "down"), (F, D), "mlp.down_proj.weight", (D, F), transpose, transpose)
+    elif config.experts.router != "softmax":
+        # A split layer is stored as the dense layer with its neurons in expert order: transformers reads it too.
+        E = config.experts.num_experts
+        for ours in ("gate", "up"):
+            leaf(("ffn", ours), (E, D, F), f"mlp.{ours}_proj.weight", (E * F, D),
+                 functools.partial(_split_columns, experts=E), _merge_columns)
+            if config.mlp_bias:
+                leaf(("ffn", f"{ours}_bias"), (E, F), f"mlp.{ours}_proj.bias", (E * F,),
+                     functools.partial(np.reshape, shape=(E, F)), np.ravel)
+        leaf(("ffn", "down"), (E, F, D), "mlp.down_proj.weight", (D, E * F),
+             functools.partial(_split_rows, experts=E), _merge_rows)
+    else:
+        E, n = config.experts.num_experts, len(layers)
+        prefix, names = (("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}) if config.family == "mixtral"
+                         else ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}))
+        leaf(("ffn", "router"), (D, E), f"{prefix}.gate.weight", (E, D), transpose, transpose)
+        for ours, theirs in names.items():
+            shape = (F, D) if ours == "down" else (D, F)
+            sources = tuple(Source(f"model.layers.{i}.{prefix}.experts.{e}.{theirs}.weight", shape[::-1], transpose,
+                                   transpose) for i in layers for e in range(E))
+            out.append(Entry(("groups", g, "ffn", ours), (n, E, *shape), sources, lead=(n, E)))
+    if config.mlp_bias or config.down_bias:
+        leaf(("ffn", "down_bias"), (D,), "mlp.down_proj.bias")
+
+
+def _entry(path, shape, name) -> Entry:
+    return Entry(path, shape, (Source(name, shape),))
+
+
+def _source(name, shape, hf_shape, to_ours, to_hf) -> Source:
+    return Source(name, shape) if to_ours is None else Source(name, hf_shape, to_ours, to_hf)
+
+
+def _heads_out(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [N*H, D] -> [D, N, H]
+    return w.T.reshape(shape)
+
+
+def _heads_out_back(w: np.ndarray) -> np.ndarray:
+    return w.reshape(w.shape[0], -1).T
+
+
+def _heads_in(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [D, N*H] -> [N, H, D]
+    return w.T.reshape(shape)
+
+
+def _heads_in_back(w: np.ndarray) -> np.ndarray:
+    return w.reshape(-1, w.shape[-1]).T
+
+
+def _split_columns(w: np.ndarray, experts: int) -> np.ndarray:  # [E*s, D] -> [E, D, s]
+    return w.reshape(experts, -1, w.shape[-1]).swapaxes(1, 2)
+
+
+def _merge_columns(w: np.ndarray) -> np.ndarray:
+    return w.swapaxes(1, 2).reshape(-1, w.shape[1])
+
+
+def _split_rows(w: np.ndarray, experts: int) -> np.ndarray:  # [D, E*s] -> [E, s, D]
+    return w.T.reshape(experts, -1, w.shape[0])
+
+
+def _merge_rows(w: np.ndarray) -> np.ndarray:
+    return w.reshape(-1, w.shape[-1]).T

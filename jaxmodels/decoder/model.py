@@ -1,0 +1,247 @@
+"""A Llama-family decoder: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5, Qwen3, OLMo-2, Mixtral, Qwen3-MoE, OLMoE.
+
+Reads downwards: block, decoder, forward pass. Equal layers are stacked and scanned; unequal or unrolled ones are
+groups of one. Every intermediate that anyone wants goes through the taps.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.decoder.config import DecoderConfig
+from jaxmodels.experts.module import Experts
+from jaxmodels.layers.attention import NO_WINDOW, Attention, Context
+from jaxmodels.layers.mlp import MLP
+from jaxmodels.layers.norms import RMSNorm
+from jaxmodels.layers.param import param
+from jaxmodels.taps import NO_TAPS, Probe, Taps
+
+POINTS = ("embedding", "residual", "attention.query", "attention.key", "attention.value", "attention.probability",
+          "attention.output", "ffn.gate", "ffn.up", "ffn.hidden", "ffn.output", "router.logits")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens seen so far.
+
+    keys, values: one array [n, B, K, S, H] for each group of layers. positions int32[B, S] and valid bool[B, S] of
+    the slots; index: int32[], the slot that the next token takes.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    positions: jax.Array
+    valid: jax.Array
+    index: jax.Array
+
+    @classmethod
+    def empty(cls, cfg: DecoderConfig, batch: int, length: int) -> "Cache":
+        def zeros():
+            return tuple(jnp.zeros((stop - start, batch, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype)
+                         for start, stop in cfg.groups)
+        return cls(zeros(), zeros(), jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), bool),
+                   jnp.zeros((), jnp.int32))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a feed-forward layer that is dense or made of experts."""
+
+    def __init__(self, cfg: DecoderConfig, layer: int, *, rngs: nnx.Rngs):
+        self.placement = cfg.norm_placement
+        norm = functools.partial(RMSNorm, cfg.d_model, eps=cfg.norm_eps, dtype=cfg.param_dtype, rngs=rngs)
+        self.attention_norm, self.ffn_norm = norm(), norm()
+        self.attention = Attention(
+            cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, rope=cfg.rope, qkv_bias=cfg.qkv_bias,
+            out_bias=cfg.out_bias, qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps, clip=cfg.clip_qkv,
+            dtype=cfg.param_dtype, rngs=rngs)
+        ffn = functools.partial(Experts, cfg.experts) if cfg.has_experts(layer) else MLP
+        self.ffn = ffn(cfg.d_model, cfg.ffn_widths[layer], activation=cfg.activation, bias=cfg.mlp_bias,
+                       down_bias=cfg.mlp_bias or cfg.down_bias, dtype=cfg.param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: Context, probe: Probe, window=None, cache=None):
+        """x [B, T, D] -> (x, cache)."""
+        x = probe("residual", x)
+        if self.placement == "pre":
+            y, cache = self.attention(self.attention_norm(x), context, probe, window, cache)
+            x = x + y
+            return x + self.ffn(self.ffn_norm(x), probe), cache
+        y, cache = self.attention(x, context, probe, window, cache)
+        x = x + self.attention_norm(y)
+        return x + self.ffn_norm(self.ffn(x, probe)), cache
+
+
+class Decoder(nnx.Module):
+    """``logits, aux = model(tokens)``: int32[B, T] -> float32[B, T, V] and what the taps recorded."""
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = param(rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), std=0.02, dtype=cfg.param_dtype)
+        self.groups = nnx.List([_stack(cfg, start, stop, rngs) for start, stop in cfg.groups])
+        self.norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, dtype=cfg.param_dtype, rngs=rngs)
+        self.head = None if cfg.tied else param(
+            rngs, (cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std=cfg.d_model ** -0.5, dtype=cfg.param_dtype)
+
+    def __call__(self, tokens: jax.Array, *, mask: jax.Array | None = None, positions: jax.Array | None = None,
+                 segments: jax.Array | None = None, taps: Taps = NO_TAPS, logits: str = "all"):
+        """Runs the model; one compilation for each shape and set of taps.
+
+        Args:
+          tokens: int32[B, T].
+          mask: bool[B, T], False for padding (on either side); padding is never looked at and never counted.
+          positions: int32[B, T]; default: the number of real tokens before each one (of its segment).
+          segments: int32[B, T]; tokens see only tokens of their own segment (documents packed into one row).
+          taps: what to record and what to change.
+          logits: ``all``, ``last`` (only the last position: [B, 1, V]) or ``none`` (the head is skipped; returns None).
+
+        Returns:
+          (float32[B, T, V], aux), aux: a dict of recordings by point, with a leading layer axis.
+        """
+        taps.check(POINTS, self.cfg.num_layers)
+        graphdef, state = nnx.split(self)
+        return _run(graphdef, state, tokens, mask, positions, segments, taps, logits)
+
+    def forward(self, tokens, *, mask=None, positions=None, segments=None, taps: Taps = NO_TAPS, logits="all",
+                cache: Cache | None = None):
+        """The pure forward pass, for use inside other transforms. Returns (logits, aux, cache)."""
+        cfg = self.cfg
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        context, cache = _context(cfg, mask, positions, segments, cache)
+        probe = _edge_probe(taps, mask)
+        x = probe("embedding", self.embed[...][tokens].astype(cfg.dtype))
+        recorded, keys, values = [], [], []
+        for i, (start, stop) in enumerate(cfg.groups):
+            group_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x, out, group_cache = _run_group(self.groups[i], cfg, start, stop, x, context, taps, mask, group_cache)
+            recorded.append(out)
+            if cache is not None:
+                keys.append(group_cache[0])
+                values.append(group_cache[1])
+        aux = _gather(recorded, cfg)
+        final = _last_residual_probe(taps, mask, cfg.num_layers)
+        x = final("residual", x)
+        if "residual" in final.out:
+            aux["residual"] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux["residual"],
+                                           final.out["residual"])
+        aux.update(probe.out)
+        if cache is not None:
+            cache = dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+        return self._logits(x, logits), aux, cache
+
+    def _logits(self, x, which):
+        if which == "none":
+            return None
+        x = self.norm(x[:, -1:] if which == "last" else x)
+        if self.head is None:
+            return jnp.einsum("btd,vd->btv", x, self.embed[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,dv->btv", x, self.head[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7))
+def _run(graphdef, state, tokens, mask, positions, segments, taps, logits):
+    model = nnx.merge(graphdef, state)
+    out, aux, _ = model.forward(tokens, mask=mask, positions=positions, segments=segments, taps=taps, logits=logits)
+    return out, aux
+
+
+def _stack(cfg: DecoderConfig, start: int, stop: int, rngs: nnx.Rngs) -> Block:
+    @nnx.split_rngs(splits=stop - start)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def build(rngs):
+        return Block(cfg, start, rngs=rngs)
+
+    return build(rngs)
+
+
+def _run_group(group: Block, cfg, start, stop, x, context, taps, mask, cache):
+    """Runs layers start..stop-1: a scan over the stacked parameters, or one layer."""
+    graphdef, params = nnx.split(group)
+    windows = None
+    if context.distance is not None:
+        windows = jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows[start:stop]], jnp.int32)
+    taps = _inner(taps).layers(start, stop)
+    width = cfg.ffn_widths[start]
+
+    def layer(x, sliced):
+        params, taps, window, cache = sliced
+        probe = taps.probe(mask, width)
+        x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
+        return x, (probe.out, cache)
+
+    stacked = (params, taps, windows, cache)
+    if stop - start == 1:
+        x, out = layer(x, jax.tree.map(lambda a: a[0], stacked))
+        out = jax.tree.map(lambda a: a[None], out)
+    else:
+        x, out = jax.lax.scan(layer, x, stacked)
+    return x, *out
+
+
+def _context(cfg, mask, positions, segments, cache):
+    """Positions, who may look at whom, and the cache with this call's slots entered."""
+    if cache is not None and segments is not None:
+        raise ValueError("segments cannot be combined with a cache; run the packed rows without one")
+    if positions is None:
+        before = 0 if cache is None else cache.valid.sum(1, keepdims=True)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + before
+        if segments is not None:
+            first = jax.vmap(lambda s: jnp.searchsorted(s, s, side="left"))(segments)
+            positions = jnp.arange(mask.shape[1])[None] - first
+    positions = jnp.broadcast_to(positions, mask.shape).astype(jnp.int32)
+    key_positions, valid, write_at = positions, mask, None
+    T = mask.shape[1]
+    if cache is None:
+        causal = jnp.tril(jnp.ones((T, T), bool))[None]
+    else:
+        write_at = cache.index
+        key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, write_at))
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, write_at))
+        cache = dataclasses.replace(cache, positions=key_positions, valid=valid, index=write_at + T)
+        causal = (jnp.arange(valid.shape[1])[None, :] <= write_at + jnp.arange(T)[:, None])[None]
+    allowed = causal & valid[:, None, :]
+    if segments is not None:
+        allowed &= segments[:, :, None] == segments[:, None, :]
+    distance = None
+    if cfg.windows is not None and any(w is not None for w in cfg.windows):
+        distance = positions[:, :, None] - key_positions[:, None, :]
+    return Context(positions, allowed, distance, write_at), cache
+
+
+def _select(taps: Taps, keep) -> Taps:
+    return Taps(record=tuple(n for n in taps.record if keep(n)),
+                **{kind: {n: e for n, e in getattr(taps, kind).items() if keep(n)}
+                   for kind in ("reduce", "scale", "add", "mask")})
+
+
+def _inner(taps: Taps) -> Taps:
+    return _select(taps, lambda name: name != "embedding")
+
+
+def _edge_probe(taps: Taps, mask) -> Probe:
+    return _select(taps, lambda name: name == "embedding").probe(mask)
+
+
+def _last_residual_probe(taps: Taps, mask, num_layers: int) -> Probe:
+    """The residual point has L + 1 entries: the input of every layer, then what the final norm reads."""
+    last = _select(taps, lambda name: name == "residual")
+    last = jax.tree.map(lambda a: a[-1] if jnp.ndim(a) else a, last)
+    return last.probe(mask)
+
+
+def _gather(recorded, cfg: DecoderConfig):
+    """Joins the groups' recordings along the layer axis, zero-padded to the widest, with ``ffn.width`` beside."""
+    def join(*parts):
+        width = max(p.shape[-1] for p in parts) if parts[0].ndim > 1 else 0
+        parts = [p if p.ndim == 1 or p.shape[-1] == width
+                 else jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])]) for p in parts]
+        return jnp.concatenate(parts)
+
+    aux = {}
+    for name in dict.fromkeys(n for out in recorded for n in out):
+        aux[name] = jax.tree.map(join, *[out[name] for out in recorded if name in out])
+    if len(set(cfg.ffn_widths)) > 1 and any(name.startswith("ffn.") for name in aux):
+        aux["ffn.width"] = jnp.asarray(cfg.ffn_widths, jnp.int32)
+    return aux

@@ -1,0 +1,133 @@
+"""Causal grouped-query attention with rotary positions, QK-norm, sliding windows and a key-value cache."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.layers.norms import RMSNorm
+from jaxmodels.layers.param import param
+from jaxmodels.layers.rotary import RopeConfig, rotate
+from jaxmodels.taps import Probe
+
+NO_WINDOW = 2**30  # "sees everything": larger than any distance between two positions
+_MASKED = -1e30    # finite, so that the softmax of a padding row, which may see nothing, is not NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers share: who may look at whom.
+
+    positions: int32[B, T] of the queries. allowed: bool[B, T, S], causality, padding and segments together.
+    distance: int32[B, T, S] from key to query, or None if no layer has a window. write_at: where this call's keys go
+    in the cache.
+    """
+
+    positions: jax.Array
+    allowed: jax.Array
+    distance: jax.Array | None
+    write_at: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    """Tap points: attention.query, .key, .value (before QK-norm, scaling, rotation), .probability, .output."""
+
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, *, rope: RopeConfig,
+                 qkv_bias: bool = False, out_bias: bool = False, qk_norm: str | None = None, norm_eps: float = 1e-6,
+                 clip: float | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.rope, self.qk_norm, self.clip = rope, qk_norm, clip
+        w = functools.partial(param, rngs, dtype=dtype)
+        self.query = w((d_model, num_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
+        self.key = w((d_model, num_kv_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
+        self.value = w((d_model, num_kv_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
+        self.out = w((num_heads, head_dim, d_model), ("heads", None, "embed"), std=(num_heads * head_dim) ** -0.5)
+        self.query_bias = w((num_heads, head_dim), ("heads", None), value=0.0) if qkv_bias else None
+        self.key_bias = w((num_kv_heads, head_dim), ("heads", None), value=0.0) if qkv_bias else None
+        self.value_bias = w((num_kv_heads, head_dim), ("heads", None), value=0.0) if qkv_bias else None
+        self.out_bias = w((d_model,), (None,), value=0.0) if out_bias else None
+        # Qwen3 normalises each head, OLMo-2 all heads of a token together.
+        width = {None: None, "head": (head_dim, head_dim),
+                 "full": (num_heads * head_dim, num_kv_heads * head_dim)}[qk_norm]
+        self.query_norm = RMSNorm(width[0], eps=norm_eps, dtype=dtype, rngs=rngs) if width else None
+        self.key_norm = RMSNorm(width[1], eps=norm_eps, dtype=dtype, rngs=rngs) if width else None
+
+    def __call__(self, x: jax.Array, context: Context, probe: Probe, window: jax.Array | None = None,
+                 cache: tuple[jax.Array, jax.Array] | None = None):
+        """x [B, T, D] -> (y [B, T, D], cache). A cache is (keys, values), each [B, K, S, H], rotated already."""
+        q = probe("attention.query", self._project(x, self.query, self.query_bias))
+        k = probe("attention.key", self._project(x, self.key, self.key_bias))
+        v = probe("attention.value", self._project(x, self.value, self.value_bias))
+        if self.qk_norm is not None:
+            q, k = self._normalise(q, self.query_norm), self._normalise(k, self.key_norm)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
+        q, k = rotate(q, context.positions, self.rope), rotate(k, context.positions, self.rope)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is not None:
+            start = (0, 0, context.write_at, 0)
+            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
+            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
+            cache = (k, v)
+        allowed = context.allowed
+        if window is not None:
+            allowed &= context.distance < window
+        y = attend(q, k, v, allowed, probe)
+        y = jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(x.dtype))
+        if self.out_bias is not None:
+            y = y + self.out_bias[...].astype(x.dtype)
+        return probe("attention.output", y), cache
+
+    def _project(self, x, weight, bias):
+        y = jnp.einsum("btd,dnh->btnh", x, weight[...].astype(x.dtype))
+        if bias is not None:
+            y = y + bias[...].astype(x.dtype)
+        return y
+
+    def _normalise(self, x, norm):
+        flat = x.reshape(*x.shape[:2], -1) if self.qk_norm == "full" else x
+        flat = norm(flat)
+        return flat.reshape(x.shape)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: Probe) -> jax.Array:
+    """softmax(q·k / √H)·v. q [B, T, N, H], k and v [B, K, S, H], allowed bool[B, T, S] -> [B, T, N, H].
+
+    Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key head) at a time: the scores of all heads
+    at once leave the cache and cost several times more.
+    """
+    if probe.wants("attention.probability") or q.shape[1] == 1:
+        return _attend_plain(q, k, v, allowed, probe)
+    return jax.lax.platform_dependent(q, k, v, allowed, cpu=_attend_by_head, default=_attend_fused)
+
+
+def _attend_plain(q, k, v, allowed, probe):
+    B, T, N, H = q.shape
+    q = q.reshape(B, T, k.shape[1], -1, H)
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H ** -0.5
+    p = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
+    p = probe("attention.probability", p.reshape(B, N, T, -1)).reshape(p.shape)
+    return jnp.einsum("bkgts,bksh->btkgh", p.astype(v.dtype), v).reshape(B, T, N, H)
+
+
+def _attend_by_head(q, k, v, allowed):
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
+    k, v = k.reshape(B * K, -1, H), v.reshape(B * K, -1, H)
+
+    def one(i):
+        scores = jnp.einsum("th,sh->ts", q[i], k[i], preferred_element_type=jnp.float32) * H ** -0.5
+        scores = scores.reshape(-1, T, scores.shape[-1])
+        p = jax.nn.softmax(jnp.where(allowed[i // K], scores, _MASKED), axis=-1)
+        return p.reshape(-1, p.shape[-1]).astype(v.dtype) @ v[i]
+
+    y = jax.lax.map(one, jnp.arange(B * K))
+    return y.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _attend_fused(q, k, v, allowed):
+    k, v = k.swapaxes(1, 2).astype(q.dtype), v.swapaxes(1, 2).astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None])

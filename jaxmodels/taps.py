@@ -1,0 +1,110 @@
+"""Taps: the one mechanism for looking into a model and for changing it (architecture.md section 3).
+
+A model names points; a caller says which to record, which to fold while they are recorded, and which to edit.
+Recordings are outputs and edits are inputs of a pure function, so taps work under ``jit``, ``grad``, ``vmap``,
+``scan`` and sharding, and cost nothing when unused. See ``docs/taps.md``.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError
+
+Edits = Mapping[str, jax.Array]
+Reduce = Callable[[jax.Array, jax.Array], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What to record and what to change, by point name.
+
+    Attributes:
+      record: points whose values are returned, each stacked on a leading layer axis: ``aux[point]``: [L, B, T, ...].
+      reduce: ``{point: fn}``; ``fn(value, token_mask)`` runs inside the scan over layers, so that only what it returns
+        is stacked. ``value`` is [B, T, ...], ``token_mask`` bool[B, T]. Pass arrays that differ by layer through
+        ``jax.tree_util.Partial(fn, array)``: leaves carry a leading layer axis and arrive sliced.
+      scale, add, mask: ``{point: array}`` that broadcast to [L, B, T, ...]. A value v becomes ``v * scale + add``, then
+        0 where ``mask`` is False. The leading axis is L, or 1 for the same edit in every layer.
+    """
+
+    record: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    reduce: Mapping[str, Reduce] = dataclasses.field(default_factory=dict)
+    scale: Edits = dataclasses.field(default_factory=dict)
+    add: Edits = dataclasses.field(default_factory=dict)
+    mask: Edits = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if isinstance(self.record, str):
+            raise UserError(f"Taps(record={self.record!r}) is a string; write record=({self.record!r},)")
+        # A plain function would be a leaf of the pytree, which jit refuses: Partial makes it static.
+        reduce = {k: f if isinstance(f, jax.tree_util.Partial) or not callable(f) else jax.tree_util.Partial(f)
+                  for k, f in self.reduce.items()}
+        object.__setattr__(self, "reduce", reduce)
+
+    @property
+    def points(self) -> frozenset[str]:
+        """Every point that is named anywhere in these taps."""
+        return frozenset(self.record).union(self.reduce, self.scale, self.add, self.mask)
+
+    def check(self, points: Iterable[str], num_layers: int) -> None:
+        """Raises UserError for a point the model does not have, or an edit whose layer axis does not fit."""
+        points = tuple(points)
+        for name in sorted(self.points - set(points)):
+            near = difflib.get_close_matches(name, points, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(points)}"
+            raise UserError(f"tap {name!r} is not a point of this model; {hint}")
+        for kind in ("scale", "add", "mask"):
+            for name, edit in getattr(self, kind).items():
+                layers = num_layers + (name == "residual")
+                if name != "embedding" and jnp.ndim(edit) and jnp.shape(edit)[0] not in (1, layers):
+                    raise UserError(f"tap {kind}[{name!r}] has {jnp.shape(edit)[0]} layers, the model has {layers}; "
+                                    f"give a leading axis of {layers}, or of 1 for the same edit everywhere")
+
+    def layers(self, start: int, stop: int) -> "Taps":
+        """The taps of layers start..stop-1, every array with a leading axis of stop - start (ready for a scan)."""
+        def cut(x):
+            x = jnp.asarray(x)
+            x = x[None] if x.ndim == 0 else x
+            return jnp.broadcast_to(x, (stop - start, *x.shape[1:])) if x.shape[0] == 1 else x[start:stop]
+        return jax.tree.map(cut, self)
+
+    def probe(self, token_mask: jax.Array, width: int | None = None) -> "Probe":
+        """A recorder for one layer; ``self`` holds that layer's slices (no layer axis)."""
+        return Probe(self, token_mask, width)
+
+
+class Probe:
+    """Applies one layer's taps while the layer runs: ``value = probe(name, value)``; recordings gather in ``out``."""
+
+    def __init__(self, taps: Taps, token_mask: jax.Array, width: int | None = None):
+        self.taps, self.token_mask, self.width, self.out = taps, token_mask, width, {}
+
+    def wants(self, name: str) -> bool:
+        return name in self.taps.points
+
+    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+        taps = self.taps
+        if name in taps.scale:
+            value = value * self._fit(taps.scale[name], value).astype(value.dtype)
+        if name in taps.add:
+            value = value + self._fit(taps.add[name], value).astype(value.dtype)
+        if name in taps.mask:
+            value = jnp.where(self._fit(taps.mask[name], value), value, jnp.zeros((), value.dtype))
+        if name in taps.reduce:
+            self.out[name] = taps.reduce[name](value, self.token_mask)
+        elif name in taps.record:
+            self.out[name] = value
+        return value
+
+    def _fit(self, edit: jax.Array, value: jax.Array) -> jax.Array:
+        # Layers of unequal width share one edit array, as wide as the widest (architecture.md section 3).
+        return edit[..., :value.shape[-1]] if edit.ndim and edit.shape[-1] > value.shape[-1] else edit
+
+
+NO_TAPS = Taps()
