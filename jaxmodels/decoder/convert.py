@@ -1,5 +1,6 @@
 """Between Hugging Face's names and configs and ours, for every family of the decoder."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from jaxmodels.decoder.config import DecoderConfig, ExpertConfig
 from jaxmodels.errors import UserError
+from jaxmodels.experts.module import router_shapes
 from jaxmodels.hub.entries import Entry, Source, transpose
 from jaxmodels.layers.rotary import RopeConfig
 
@@ -78,8 +80,6 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
-    import dataclasses
-
     if "experts" in ours:
         config = dataclasses.replace(config, experts=ExpertConfig(**ours["experts"]))
         E = config.experts.num_experts
@@ -253,11 +253,13 @@ def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: li
                      functools.partial(np.reshape, shape=(E, F)), np.ravel)
         leaf(("ffn", "down"), (E, F, D), "mlp.down_proj.weight", (D, E * F),
              functools.partial(_split_rows, experts=E), _merge_rows)
+        for name, shape in router_shapes(config.experts.router, D, E, config.experts.shared).items():
+            leaf(("ffn", "router", name), shape, f"mlp.router.{name}")
     else:
         E, n = config.experts.num_experts, len(layers)
         prefix, names = (("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}) if config.family == "mixtral"
                          else ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}))
-        leaf(("ffn", "router"), (D, E), f"{prefix}.gate.weight", (E, D), transpose, transpose)
+        leaf(("ffn", "router", "weight"), (D, E), f"{prefix}.gate.weight", (E, D), transpose, transpose)
         for ours, theirs in names.items():
             shape = (F, D) if ours == "down" else (D, F)
             sources = tuple(Source(f"model.layers.{i}.{prefix}.experts.{e}.{theirs}.weight", shape[::-1], transpose,

@@ -6,16 +6,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.layers.mlp import ACTIVATIONS
+from jaxmodels.experts import routers
+from jaxmodels.experts.layer import ACTIVATIONS, apply_experts
 from jaxmodels.layers.param import param
 from jaxmodels.taps import Probe
 
 _INSIDE = ("ffn.gate", "ffn.up", "ffn.hidden")
 
 
+def router_shapes(kind: str, d_model: int, num_experts: int, num_shared: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a router's parameters in one layer; ``all``, ``oracle`` and ``random`` have none."""
+    D, E, R = d_model, num_experts, num_experts - num_shared
+    return {"softmax": {"weight": (D, E)}, "similarity": {"centres": (E, D)}, "linear": {"weight": (D, E)},
+            "mlp": {"first": (D, E), "second": (E, E)}, "markers": {"gate": (D, R), "up": (D, R)}}.get(kind, {})
+
+
 class Experts(nnx.Module):
     """E small FFNs of s neurons. gate, up: [E, D, s]; down: [E, s, D]; the output bias is added once.
 
+    A trained router (``softmax``) weighs its experts; a split layer sums them, or it would be another function.
     Tap points: router.logits [B, T, E]; ffn.gate, ffn.up, ffn.hidden [B, T, E, s], zero where an expert did not run;
     ffn.output [B, T, D]. Tapping the inside computes every expert and masks (analysis); otherwise only the chosen
     experts run, through ``kernels.grouped_matmul``.
@@ -32,50 +41,61 @@ class Experts(nnx.Module):
         self.gate_bias = w((E, size), ("expert", "mlp"), value=0.0) if bias and gated else None
         self.up_bias = w((E, size), ("expert", "mlp"), value=0.0) if bias else None
         self.down_bias = w((d_model,), (None,), value=0.0) if down_bias else None
-        self.router = param(rngs, (d_model, E), ("embed", None), std=d_model ** -0.5) if cfg.router == "softmax" \
-            else None
+        shapes = router_shapes(cfg.router, d_model, E, cfg.shared)
+        self.router = nnx.Dict({name: w(shape, (None, None), std=d_model ** -0.5) for name, shape in shapes.items()})
 
     def weights(self) -> dict[str, jax.Array]:
-        """The layer as a plain dict, as jaxmodels.experts takes it."""
+        """The layer as a plain dict, as the functions of jaxmodels.experts take it."""
         names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
         return {n: getattr(self, n)[...] for n in names if getattr(self, n) is not None}
 
     def __call__(self, x: jax.Array, probe: Probe) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        inside = any(probe.wants(point) for point in _INSIDE)
         if self.cfg.router == "all":
             return probe("ffn.output", self._every_expert(x, probe, None))
         chosen, weights = self._route(x, probe)
-        if inside:
-            amount = (jax.nn.one_hot(chosen, self.cfg.num_experts) * weights[..., None]).sum(-2)  # [B, T, E]
+        if any(probe.wants(point) for point in _INSIDE):
+            on = jax.nn.one_hot(chosen, self.cfg.num_experts)  # [B, T, k, E]
+            amount = on.sum(-2) if weights is None else (on * weights[..., None]).sum(-2)
+            amount = amount.at[..., :self.cfg.shared].set(1.0)
             return probe("ffn.output", self._every_expert(x, probe, amount))
-        from jaxmodels.experts.layer import apply_experts
-
-        flat, k = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
-        y, _ = apply_experts(self.weights(), flat, activation=self.activation, active=chosen.reshape(-1, k),
-                             weights=weights.reshape(-1, k))
-        return probe("ffn.output", y.reshape(x.shape))
+        experts = {name: w.astype(x.dtype) for name, w in self.weights().items()}
+        y, _ = apply_experts(experts, x, activation=self.activation, active=chosen, weights=weights,
+                             num_shared=self.cfg.shared)
+        return probe("ffn.output", y)
 
     def _route(self, x, probe):
-        """(experts int32[B, T, k], weights float32[B, T, k])."""
-        logits = probe("router.logits", (x.astype(jnp.float32) @ self.router[...].astype(jnp.float32)))
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.cfg.top_k)
-        if self.cfg.renormalise:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return chosen, weights
+        """(experts int32[B, T, k], weights float32[B, T, k] or None for ones). Scores are float32."""
+        cfg, p = self.cfg, {name: w[...].astype(jnp.float32) for name, w in self.router.items()}
+        x32 = x.astype(jnp.float32)
+        if cfg.router == "softmax":
+            weights, chosen = jax.lax.top_k(jax.nn.softmax(probe("router.logits", x32 @ p["weight"])), cfg.top_k)
+            return chosen, weights / weights.sum(-1, keepdims=True) if cfg.renormalise else weights
+        kinds = {"similarity": routers.SimilarityRouter, "linear": routers.LinearRouter, "mlp": routers.MLPRouter}
+        if cfg.router in kinds:
+            router = kinds[cfg.router](**p)
+        elif cfg.router == "markers":
+            router = routers.AnalyticRouter(p["gate"], p["up"], None, None, self.activation, cfg.shared)
+        elif cfg.router == "oracle":
+            router = routers.OracleRouter({n: w.astype(jnp.float32) for n, w in self.weights().items()},
+                                          self.activation)
+        else:
+            router = routers.RandomRouter(jax.random.key(0), cfg.num_experts)
+        scores = probe("router.logits", router.scores(x32))
+        return routers.select_blocks(scores, cfg.top_k, cfg.block, num_shared=cfg.shared), None
 
     def _every_expert(self, x, probe, amount):
         """Sum over all experts, each output times ``amount`` [B, T, E] (None: 1, the exact decomposition)."""
         def into(weight, bias):
             y = jnp.einsum("btd,eds->btes", x, weight[...].astype(x.dtype))
-            return y if bias is None else y + bias[...].astype(x.dtype)
+            y = y if bias is None else y + bias[...].astype(x.dtype)
+            return y if amount is None else jnp.where((amount > 0)[..., None], y, 0)
 
-        on = 1.0 if amount is None else (amount > 0)[..., None].astype(x.dtype)
         activation = ACTIVATIONS[self.activation]
-        up = probe("ffn.up", into(self.up, self.up_bias) * on)
+        up = probe("ffn.up", into(self.up, self.up_bias))
         hidden = activation(up) if self.gate is None else \
-            activation(probe("ffn.gate", into(self.gate, self.gate_bias) * on)) * up
-        hidden = probe("ffn.hidden", hidden * on)
+            activation(probe("ffn.gate", into(self.gate, self.gate_bias))) * up
+        hidden = probe("ffn.hidden", hidden)
         if amount is not None:
             hidden = hidden * amount[..., None].astype(x.dtype)
         y = jnp.einsum("btes,esd->btd", hidden, self.down[...].astype(x.dtype))
