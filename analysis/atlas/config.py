@@ -1,0 +1,93 @@
+"""What the atlas can be told. ``jaxmodels run atlas --help`` lists it; configs/atlas.py holds the presets."""
+
+import dataclasses
+
+from jaxmodels.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Texts to read and how much of them."""
+
+    source: str = "gettext"  # text source: gettext, udhr, tico19, path:DIR, tfds:NAME
+    languages: tuple[str, ...] = ()  # only these languages; empty: all with enough text
+    max_languages: int = 0  # at most this many, those with most text first; 0: no limit
+    variants: bool = False  # count regional variants (es-MX beside es) as languages of their own
+    window: int = 128  # tokens in a row that the model sees together
+    analysis_tokens: int = 6144  # tokens a language for profiles; languages with fewer are left out
+    selection_tokens: int = 4096  # tokens of each panel language for choosing what to keep and for repairs
+    test_tokens: int = 1024  # tokens of each panel language for measuring quality
+    skip: int = 4  # first positions of a window that are not counted: attention sinks
+    batch: int = 16  # rows in one call of the model
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    """How feed-forward layers are split into experts."""
+
+    method: str = "kmeans"  # kmeans, coactivation, random or markers
+    expert_size: int = 32  # neurons of an expert
+    vector: str = "gate"  # gate, up or concat: what stands for a neuron in kmeans
+    restarts: int = 2  # starts of kmeans, the best is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Activity and what is computed from it."""
+
+    shares: tuple[float, ...] = (0.1, 0.2, 0.3)  # active share of experts; the first listed main_share is the default
+    main_share: float = 0.2  # the share that maps, families and pruning use
+    neurons: bool = True  # also count single neurons
+    permutations: int = 10_000  # label shuffles of the family tests
+    lape_rate: float = 0.01  # share of all neurons that LAPE picks
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """Keeping only some experts, and repairing what is left."""
+
+    panel: tuple[str, ...] = ("en", "de", "fr", "es", "ru", "pl", "tr", "id")  # languages of the tables
+    others: int = 3  # each language's list is also scored on this many other panel languages
+    shares: tuple[float, ...] = (0.75, 0.5, 0.25)  # share of the feed-forward layers that is kept
+    random_seeds: int = 5
+    lape_seeds: int = 5  # random controls of the intervention matrix
+    bootstrap: int = 1000
+    recover: bool = True  # bias compensation and refit of the down projections
+    transfer: str = "udhr"  # other-domain test text of the recovery table; the main source's test part if absent
+    refit_tokens: int = 16_384  # calibration tokens of the refit
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """Tokens a second of pruned models against the dense one, timed in turn."""
+
+    shares: tuple[float, ...] = (0.5, 0.25)
+    prefill: int = 512  # tokens of the prefill
+    decode: int = 32  # tokens decoded at batch 1
+    repeats: int = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class AtlasConfig:
+    """The whole study."""
+
+    model: str = "smollm2-135m-instruct"  # path or name of the weights
+    seed: int = 0
+    text: TextConfig = TextConfig()
+    split: SplitConfig = SplitConfig()
+    profile: ProfileConfig = ProfileConfig()
+    prune: PruneConfig = PruneConfig()
+    speed: SpeedConfig = SpeedConfig()
+    entry: str = "analysis.atlas.run:run"
+    report: str = "analysis.atlas.report:build"
+
+    def __post_init__(self):
+        if self.profile.main_share not in self.profile.shares:
+            raise UserError(f"profile.main_share {self.profile.main_share} is not one of profile.shares "
+                            f"{list(self.profile.shares)}; add it there")
+        for name, shares in (("profile.shares", self.profile.shares), ("prune.shares", self.prune.shares),
+                             ("speed.shares", self.speed.shares)):
+            if not shares or not all(0 < s <= 1 for s in shares):
+                raise UserError(f"{name} {list(shares)} must be numbers above 0 and at most 1")
+        if self.text.window <= self.text.skip + 1:
+            raise UserError(f"text.window {self.text.window} must exceed text.skip {self.text.skip} by at least 2")

@@ -1,0 +1,406 @@
+"""The `jaxmodels` command (architecture.md section 4): the one place that may import any room, lazily.
+
+Exit codes: 0 done, 2 bad input, 74 cannot save, 75 interrupted and saved, 1 anything else. An error is one line on
+stderr; ``--debug`` shows the traceback. Results go to stdout, plain and untruncated when piped; progress to stderr.
+Nothing heavy is imported before a command needs it, so ``list`` and ``--help`` answer at once.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from jaxmodels.errors import Interrupted, UserError
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout; benchmarks/ lies beside the packages there
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports bad usage as every other bad input is reported."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _traceback_if("--debug" in argv):
+            code = _dispatch([word for word in argv if word != "--debug"])
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # `jaxmodels list | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("jaxmodels: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    except (UserError, Interrupted) as error:
+        print(f"jaxmodels: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"jaxmodels: {told} (a bug, or not enough of something; --debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if str(Path.cwd()) not in sys.path:  # experiments named by module path, such as tests.tiny_experiment
+        sys.path.append(str(Path.cwd()))
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("jaxmodels"))
+        return 0
+    if argv[0] not in COMMANDS:
+        from train.runtime.config import did_you_mean
+
+        raise UserError(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}")
+    add_arguments, command = COMMANDS[argv[0]]
+    line, _, rest = (command.__doc__ or "").partition("\n")
+    parser = Parser(
+        prog=f"jaxmodels {argv[0]}",
+        description=line,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="this page")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if any(word in ("-h", "--help") for word in argv[1:]):
+        names = [word for word in argv[1:] if not word.startswith("-") and "=" not in word]
+        parser.print_help()
+        if argv[0] == "run" and names:
+            _print_keys(names[0], [word for word in argv[2:] if "=" in word and not word.startswith("-")])
+        return 0
+    # run's overrides may stand before and after --out; plain parse_args would refuse the second group
+    return command(parser.parse_intermixed_args(argv[1:])) or 0
+
+
+# Experiments
+
+
+def _list_arguments(parser: Parser) -> None:
+    pass
+
+
+def command_list(arguments: argparse.Namespace) -> int:
+    """Every experiment: name, what it does, the data it needs and whether it is here, minutes on two cores."""
+    from train.runtime.config import experiment_names, find
+
+    rows = [("experiment", "what it does", "needs", "minutes on two cores")]
+    for experiment in map(find, experiment_names()):
+        needs = ", ".join(f"{need} ({_whether_here(need)})" for need in experiment.needs) or "nothing"
+        minutes = ", ".join(f"{preset} {value:g}" for preset, value in experiment.minutes.items()) or "not measured"
+        rows.append((experiment.name, experiment.line, needs, minutes))
+    _print_table(rows)
+    return 0
+
+
+def _run_arguments(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="an experiment of `jaxmodels list`")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="preset=tiny, or any key of the experiment")
+    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-<hash of the config>)")
+
+
+def command_run(arguments: argparse.Namespace) -> int:
+    """Run or resume an experiment; the last line of the output is the path of its report.
+
+    The same command finds its own folder again and goes on where it stopped; `jaxmodels run NAME --help` lists keys.
+    """
+    from train.runtime.config import find, resolve, to_dict
+
+    config = resolve(arguments.name, arguments.overrides)
+    _prepare_jax()
+    from train.runtime.config import load_function
+    from train.runtime.progress import clock
+    from train.runtime.run_folder import RunFolder
+    from train.runtime.signals import stop
+
+    start = time.monotonic()
+    name = find(arguments.name).name
+    with stop.listening(), RunFolder.open(name, to_dict(config), arguments.out) as run:
+        print(f"{name}: {'resuming' if run.resumed else 'running'} in {run.dir}", file=sys.stderr)
+        load_function(config.entry)(config, run)
+        print(f"{name}: done in {clock(time.monotonic() - start)}", file=sys.stderr)
+        directory = run.dir
+    print(_build_report(directory, config.report))
+    return 0
+
+
+def _report_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder")
+
+
+def command_report(arguments: argparse.Namespace) -> int:
+    """Build the report of one or more runs again from what their folders hold; prints the paths."""
+    from train.runtime.files import read_json
+
+    _prepare_jax()
+    for directory in map(Path, arguments.runs):
+        about = read_json(directory / "config.json") if directory.is_dir() else None
+        if about is None:
+            raise UserError(f"{directory} is not a run folder: it has no config.json; see the folders in runs/")
+        if not (about.get("config") or {}).get("report"):
+            raise UserError(f"{directory}/config.json names no report; run the experiment again")
+        print(_build_report(directory, about["config"]["report"]))
+    return 0
+
+
+def _build_report(directory: Path, function: str) -> Path:
+    from train.runtime.config import load_function
+    from train.runtime.progress import clock
+
+    start = time.monotonic()
+    load_function(function)(directory)
+    print(f"report: {clock(time.monotonic() - start)}", file=sys.stderr)
+    return directory / "report.html"
+
+
+# Models
+
+
+def _split_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf or .safetensors file, or name")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument("--expert-size", type=int, default=32, metavar="S", help="neurons an expert (default 32)")
+    parser.add_argument("--method", default="kmeans", help="kmeans (default), random, ...")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def command_split(arguments: argparse.Namespace) -> int:
+    """Split every feed-forward layer of a model into experts and save it; with all experts on it computes the same.
+
+    Methods that need statistics of activations or gradients run inside an experiment, which measures them.
+    """
+    out = _new_folder(arguments.out)
+    _prepare_jax()
+    import jaxmodels
+
+    model = jaxmodels.load(arguments.model)
+    expert_model, _ = jaxmodels.split(
+        model, expert_size=arguments.expert_size, method=arguments.method, seed=arguments.seed
+    )
+    jaxmodels.save(expert_model, out)
+    print(out)
+    return 0
+
+
+def _prune_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a split model (jaxmodels split)")
+    parser.add_argument("--keep", metavar="FILE", required=True, help=".npy or .npz: bool[L, E], experts to keep")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+
+
+def command_prune(arguments: argparse.Namespace) -> int:
+    """Keep only some experts of a split model: saves a dense model with smaller feed-forward layers."""
+    import numpy as np
+
+    out = _new_folder(arguments.out)
+    try:
+        keep = np.load(arguments.keep, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {arguments.keep} as .npy or .npz: {error}") from error
+    if isinstance(keep, np.lib.npyio.NpzFile):
+        if len(keep.files) != 1:
+            raise UserError(f"{arguments.keep} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
+        keep = keep[keep.files[0]]
+    if keep.ndim != 2 or keep.dtype != bool:
+        raise UserError(f"{arguments.keep} holds {keep.dtype}{list(keep.shape)}; it must hold bool[layers, experts]")
+    _prepare_jax()
+    import jaxmodels
+
+    jaxmodels.save(jaxmodels.prune(jaxmodels.load(arguments.model), keep), out)
+    print(out)
+    return 0
+
+
+def _generate_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or name")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; default: lines of stdin")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample within probability mass P")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def command_generate(arguments: argparse.Namespace) -> int:
+    """Continue prompts with a model, dense, split or pruned."""
+    prompts = arguments.prompt
+    if prompts is None:
+        if sys.stdin.isatty():
+            raise UserError("no prompt; give --prompt TEXT or pipe lines into the command")
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts or not all(prompts):
+        raise UserError("an empty prompt; give at least one character")
+    limits = {
+        "--max-new-tokens": (arguments.max_new_tokens, arguments.max_new_tokens >= 1, "at least 1"),
+        "--temperature": (arguments.temperature, arguments.temperature >= 0, "at least 0"),
+        "--top-k": (arguments.top_k, arguments.top_k >= 0, "at least 0"),
+        "--top-p": (arguments.top_p, 0 < arguments.top_p <= 1, "above 0 and at most 1"),
+    }
+    for option, (value, good, limit) in limits.items():
+        if not good:
+            raise UserError(f"{option} {value}: it must be {limit}")
+    _prepare_jax()
+    from jaxmodels.decoder.generate import generate_text
+
+    texts = generate_text(
+        arguments.model,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    for text in texts:
+        print(text, flush=True)
+    return 0
+
+
+# Benchmarks
+
+
+def _bench_arguments(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a file of benchmarks/")
+    parser.add_argument("--out", metavar="FILE", help="also write the table as JSON, with device and versions")
+
+
+def command_bench(arguments: argparse.Namespace) -> int:
+    """Run a benchmark with its peers side by side in one process; prints a table."""
+    from train.runtime.config import did_you_mean
+
+    folder = ROOT / "benchmarks"
+    names = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    if not names:
+        raise UserError(f"no benchmarks in {folder}: they are in a clone of the repository, not in the package")
+    if arguments.name not in names:
+        raise UserError(f"unknown benchmark {arguments.name!r}; {did_you_mean(arguments.name, names)}")
+    _prepare_jax()
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module(f"benchmarks.{arguments.name}").main(arguments.out)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], int]]] = {
+    "list": (_list_arguments, command_list),
+    "run": (_run_arguments, command_run),
+    "split": (_split_arguments, command_split),
+    "prune": (_prune_arguments, command_prune),
+    "generate": (_generate_arguments, command_generate),
+    "bench": (_bench_arguments, command_bench),
+    "report": (_report_arguments, command_report),
+}
+
+
+# Around the commands
+
+
+def _overview() -> str:
+    lines = ["usage: jaxmodels COMMAND ...   (jaxmodels COMMAND --help explains one)", ""]
+    lines += [f"  {name:10}{(command.__doc__ or '').partition(chr(10))[0]}" for name, (_, command) in COMMANDS.items()]
+    return "\n".join([*lines, "", "An experiment's keys: jaxmodels run NAME --help"])
+
+
+def _print_keys(name: str, overrides: list[str]) -> None:
+    from train.runtime.config import find, keys, resolve
+
+    experiment = find(name)
+    print(f"\n{experiment.doc}\n\npresets: {', '.join(['default', *experiment.presets])}\n")
+    rows = [("key", "type", "value", "")]
+    rows += [(key.name, key.type, str(key.default), key.help) for key in keys(resolve(name, overrides))]
+    _print_table(rows)
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    """A rich table on a terminal; piped, columns padded to their widest cell and never cut."""
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*rows[0], box=box.SIMPLE)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))  # Text: brackets in a type are not markup
+    Console().print(table)
+
+
+def _whether_here(need: str) -> str:
+    from jaxmodels.hub.resolve import resolve
+    from train.data.sources import is_source, where
+
+    if is_source(need):
+        return "here" if where(need) else "missing"
+    try:
+        resolve(need)  # weights; never downloads
+        return "here"
+    except UserError:
+        return "missing"
+
+
+def _new_folder(path: str) -> Path:
+    """A folder to write a model to: absent or empty, and one can be made there; checked before hours of work."""
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder} exists and is not an empty folder; choose another")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write {folder}: {parent} is not a writable folder; choose another --out")
+    return folder
+
+
+def _prepare_jax() -> None:
+    """Settings that must stand before jax is imported: a silent platform and the persistent compilation cache."""
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not _has_tpu():
+        # libtpu without a TPU prints several lines at every start, unless jax is told not to look
+        plugins = map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))
+        cuda = Path("/dev/nvidia0").exists() and any(plugins)
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if cuda else "cpu"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: $JAXMODELS_CACHE, else $XDG_CACHE_HOME or ~/.cache, in ``jaxmodels/jax``."""
+    if chosen := os.environ.get("JAXMODELS_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "jax"
+
+
+def _has_tpu() -> bool:
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+@contextlib.contextmanager
+def _traceback_if(debug: bool) -> Iterator[None]:
+    """Prints the traceback of what passes through, where the user asked for it."""
+    try:
+        yield
+    except Exception:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
