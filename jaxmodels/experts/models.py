@@ -90,7 +90,7 @@ def unroll(model: Decoder) -> Decoder:
 def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | None = None, method: str = "kmeans",
           seed: int = 0, router: str = "all", top_k: int | None = None, block: int = 1,
           activations: Sequence[Any] | None = None, importance: Sequence[Any] | None = None, num_shared: int = 0,
-          pad: bool = False, processes: int | None = None, progress: Callable[[int, int], None] | None = None,
+          pad: bool = False, processes: int | None = 1, progress: Callable[[int, int], None] | None = None,
           **options: Any) -> tuple[Decoder, ModelSplit]:
     """Splits every feed-forward layer of a dense decoder into experts (moe_split.md section 1).
 
@@ -103,6 +103,8 @@ def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | 
         input of each layer's FFN, [tokens, D] a layer; importance needs ``importance``: [clusters, F] a layer.
       router: all, oracle, similarity, linear, mlp, markers or random.
       num_shared: always-on experts (markers, importance).
+      processes: parallel searches; None for one a processor. More than 1 spawns, so the calling script needs the usual
+        ``if __name__ == "__main__"`` guard.
       progress: called as progress(done, layers).
 
     Returns:

