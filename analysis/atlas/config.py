@@ -14,7 +14,8 @@ class TextConfig:
     max_languages: int = 0  # at most this many, those with most text first; 0: no limit
     variants: bool = False  # count regional variants (es-MX beside es) as languages of their own
     window: int = 128  # tokens in a row that the model sees together
-    analysis_tokens: int = 6144  # tokens a language for profiles; languages with fewer are left out
+    analysis_tokens: int = 6144  # tokens a language for profiles, or all it has
+    least_tokens: int = 2560  # languages with fewer analysis tokens are left out
     selection_tokens: int = 4096  # tokens of each panel language for choosing what to keep and for repairs
     test_tokens: int = 1024  # tokens of each panel language for measuring quality
     skip: int = 4  # first positions of a window that are not counted: attention sinks
@@ -89,5 +90,8 @@ class AtlasConfig:
                              ("speed.shares", self.speed.shares)):
             if not shares or not all(0 < s <= 1 for s in shares):
                 raise UserError(f"{name} {list(shares)} must be numbers above 0 and at most 1")
+        if self.text.least_tokens > self.text.analysis_tokens:
+            raise UserError(f"text.least_tokens {self.text.least_tokens} is above text.analysis_tokens "
+                            f"{self.text.analysis_tokens}; lower it")
         if self.text.window <= self.text.skip + 1:
             raise UserError(f"text.window {self.text.window} must exceed text.skip {self.text.skip} by at least 2")

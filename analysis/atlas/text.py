@@ -79,8 +79,7 @@ def pack(texts: Sequence[str], tokenizer: Any, window: int, tokens: int, separat
                 np.asarray(unit + [-1] * padding, np.int32).reshape(rows, window), np.asarray(size, np.int64))
 
 
-def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequence[str], seed: int,
-            selection_tokens: int) -> tuple[list[Language], list[tuple[str, int]]]:
+def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequence[str], seed: int) -> tuple[list[Language], list[tuple[str, int]]]:
     """Languages with enough text, most text first, and (code, tokens) of those that were left out for too little.
 
     Raises UserError when a language that was asked for, or one of the panel, has too little text, or none is left.
@@ -100,15 +99,15 @@ def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequ
             continue
         part = divide(len(text.texts), seed)
         chosen = [[t for t, p in zip(text.texts, part, strict=True) if p == i] for i in range(3)]
-        need = {"analysis": cfg.analysis_tokens, "selection": selection_tokens if text.code in panel else cfg.window,
+        need = {"analysis": cfg.analysis_tokens, "selection": cfg.selection_tokens if text.code in panel else cfg.window,
                 "test": cfg.test_tokens if text.code in panel else cfg.window}
         rows = {name: pack(part_texts, tokenizer, cfg.window, need[name])
                 for name, part_texts in zip(PARTS, chosen, strict=True)}
         have = rows["analysis"].count
-        if have < cfg.analysis_tokens:
+        if have < cfg.least_tokens:
             if text.code in wanted:
                 raise UserError(f"language {text.code!r} has {have} analysis tokens in {cfg.source!r}, "
-                                f"text.analysis_tokens asks for {cfg.analysis_tokens}; lower it or leave it out")
+                                f"text.least_tokens asks for {cfg.least_tokens}; lower it or leave it out")
             short.append((text.code, have))
             continue
         size = sum(int(r.bytes.sum()) for r in rows.values())
@@ -119,12 +118,12 @@ def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequ
             have = dict(short).get(code)
             why = f"has only {have} analysis tokens" if have is not None else "is not in the texts"
             raise UserError(f"panel language {code!r} {why}; set prune.panel to languages of {cfg.source!r}, "
-                            f"or lower text.analysis_tokens ({cfg.analysis_tokens})")
+                            f"or lower text.least_tokens ({cfg.least_tokens})")
         rows = next(k for k in kept if k.code == code).parts
         if rows["test"].count < min(1000, cfg.test_tokens):
             raise UserError(f"panel language {code!r} has {rows['test'].count} test tokens, "
                             f"{min(1000, cfg.test_tokens)} are needed; leave it out of prune.panel")
     if len(kept) < 2:
-        raise UserError(f"{len(kept)} languages have {cfg.analysis_tokens} analysis tokens in {cfg.source!r}; "
-                        "lower text.analysis_tokens")
+        raise UserError(f"{len(kept)} languages have {cfg.least_tokens} analysis tokens in {cfg.source!r}; "
+                        "lower text.least_tokens")
     return kept, short
