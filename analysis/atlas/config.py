@@ -55,6 +55,8 @@ class PruneConfig:
     bootstrap: int = 1000
     recover: bool = True  # bias compensation and refit of the down projections
     transfer: str = "udhr"  # other-domain test text of the recovery table; the main source's test part if absent
+    repair_shares: tuple[float, ...] = (0.75, 0.5)  # shares that are repaired
+    repair_languages: int = 8  # panel languages that are repaired, in the order of the panel
     refit_tokens: int = 16_384  # calibration tokens of the refit
 
 

@@ -37,7 +37,7 @@ class Scorer:
         taps = Taps(scale={"ffn.hidden": jnp.asarray(keep, jnp.float32)[:, None, None]},
                     add={"ffn.hidden": jnp.asarray(add, jnp.float32)[:, None, None]})
         nll = [np.asarray(_nll(self.graphdef, self.state, jnp.asarray(tokens), jnp.asarray(mask), taps))
-               for tokens, mask, _ in batches(rows, BATCH)]
+               for tokens, mask, _ in batches(rows, min(BATCH, len(rows.tokens)))]
         nll = np.concatenate(nll)[:len(rows.tokens)]
         return by_text(nll, rows)
 

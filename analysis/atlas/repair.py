@@ -1,8 +1,9 @@
 """Repairing a pruned model without training: layer by layer, towards the dense model's residual stream.
 
 moe_split.md section 4.6. Every layer's down projection is refitted in closed form (jaxmodels/experts/recover.py) on
-calibration text that runs through the *pruned and already repaired* layers below it. Its target is what would put the
-residual stream back onto the dense model's, so a layer also repairs the error of the layers before it.
+calibration text that runs through the *pruned and already repaired* layers below it. Its target is the dense layer's
+output plus ``pull`` times what the residual stream has strayed from the dense model's so far: 0 is the layer's own
+output, 1 puts the stream back onto the dense one as far as the kept neurons can.
 """
 
 import functools
@@ -22,6 +23,9 @@ from jaxmodels.experts.models import ffn_layers
 from jaxmodels.taps import Taps
 
 
+PULL = 0.5
+
+
 class Repair(NamedTuple):
     """down: float32[L, F, D], rows of dropped neurons are 0; bias: float32[L, D], the output bias to add;
     residual: float[L], the share of the target's variance that each layer's fit leaves."""
@@ -32,8 +36,8 @@ class Repair(NamedTuple):
 
 
 def sequential_refit(model: Decoder, tokens: Int[np.ndarray, "R T"], mask: Bool[np.ndarray, "R T"],
-                     keep: Bool[np.ndarray, "L F"], *, ridge: float = recover.RIDGE, batch: int = 16,
-                     advance: Callable[[], None] = lambda: None) -> Repair:
+                     keep: Bool[np.ndarray, "L F"], *, ridge: float = recover.RIDGE,
+                     pull: float = PULL, batch: int = 8, advance: Callable[[], None] = lambda: None) -> Repair:
     """Refits every down projection for the neurons that ``keep`` leaves.
 
     tokens, mask: calibration rows. Memory: two residual streams of the calibration text, R·T·D floats each.
@@ -54,13 +58,13 @@ def sequential_refit(model: Decoder, tokens: Int[np.ndarray, "R T"], mask: Bool[
         stats = None
         bases, hiddens = [], []
         for i, m in enumerate(masks):
-            dense[i], _, _ = _run_block(graphdef, model.cfg, params, dense[i], m, jnp.ones_like(kept))
+            dense[i], dense_base, _ = _run_block(graphdef, model.cfg, params, dense[i], m, jnp.ones_like(kept))
             _, base, hidden = _run_block(graphdef, model.cfg, params, pruned[i], m, kept)
             bases.append(base)
             hiddens.append(hidden)
-            found = recover.Moments(*map(np.asarray, _moments(hidden, m, dense[i] - base)))
-            found = recover.Moments(*(np.asarray(v, np.float64) for v in found))
-            stats = found if stats is None else recover.add_moments(stats, found)
+            found = _moments(hidden, m, dense[i], dense_base, base, pull)
+            stats = found if stats is None else _add(stats, found)
+        stats = recover.Moments(*(np.asarray(v, np.float64) for v in stats))
         fit = _fit(stats, np.asarray(ffn["down"]), keep[layer], ridge)
         out_down.append(fit.down)
         out_bias.append(fit.bias)
@@ -92,7 +96,14 @@ def _run_block(graphdef, cfg, params, x, mask, keep):
     return out, out - probe.out["ffn.output"], probe.out["ffn.hidden"]
 
 
-_moments = jax.jit(recover.moments)
+@jax.jit
+def _moments(hidden, mask, dense_out, dense_base, base, pull):
+    target = dense_out - dense_base + pull * (dense_base - base)
+    # The next norm divides a token by the size of its residual stream, so an error counts relative to that size.
+    return recover.moments(hidden, mask, target, 1 / (jnp.mean(base * base, axis=-1) + 1e-6))
+
+
+_add = jax.jit(recover.add_moments, donate_argnums=0)
 
 
 @jax.jit

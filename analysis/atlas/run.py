@@ -34,6 +34,7 @@ class Atlas:
     num_experts: int
     collector: Collector
     scorer: Scorer
+    dense: dict[bytes, Any] = dataclasses.field(default_factory=dict)  # scores of the whole model, by test rows
 
     @property
     def k(self) -> int:

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from jaxmodels.errors import UserError
 from jaxmodels.layers.rotary import RopeConfig
+
+ROUTERS = ("softmax", "all", "oracle", "similarity", "linear", "mlp", "markers", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,16 @@ class ExpertConfig:
     renormalise: bool = True
     shared: int = 0
     block: int = 1
+
+    def __post_init__(self):
+        if self.router not in ROUTERS:
+            raise UserError(f"router {self.router!r} is not one of {', '.join(ROUTERS)}")
+        routed = self.num_experts - self.shared
+        if self.shared < 0 or not 1 <= self.top_k <= routed:
+            raise UserError(f"top_k {self.top_k} must lie in 1..{routed}, the number of routed experts "
+                            f"({self.num_experts} less {self.shared} that always run)")
+        if self.block < 1:
+            raise UserError(f"block {self.block} must be at least 1 token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +97,13 @@ class DecoderConfig:
     @classmethod
     def tiny(cls, **overrides) -> "DecoderConfig":
         """Three layers that run in milliseconds: for tests and for checking an installation."""
-        sizes = dict(vocab_size=97, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_widths=(48,) * 3)
-        return cls(**(sizes | overrides))
+        return dataclasses.replace(cls(vocab_size=97, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8,
+                                       ffn_widths=(48,) * 3), **overrides)
 
     @classmethod
     def smollm2_135m(cls, **overrides) -> "DecoderConfig":
         """SmolLM2-135M (Allal et al. 2025, table of model sizes; config.json of the release)."""
-        sizes = dict(vocab_size=49_152, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_widths=(1536,) * 30,
-                     rope=RopeConfig(theta=100_000.0), max_positions=8192, tied=True, bos_id=1, eos_ids=(2,), pad_id=2)
-        return cls(**(sizes | overrides))
+        return dataclasses.replace(cls(
+            vocab_size=49_152, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn_widths=(1536,) * 30,
+            rope=RopeConfig(theta=100_000.0), max_positions=8192, tied=True, bos_id=1, eos_ids=(2,), pad_id=2),
+            **overrides)

@@ -33,25 +33,53 @@ _ROPE_WRITTEN = {
              "mscale_all_dim", "truncate"),
 }
 _ROPE_KINDS = tuple(_ROPE_WRITTEN)
+_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_KINDS = {  # what config.json may hold -> the keys that hold it
+    "a positive integer": (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+                           "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                           "decoder_sparse_step", "original_max_position_embeddings"),
+    "a positive number": ("rms_norm_eps", "rope_theta", "clip_qkv", "factor", "low_freq_factor", "high_freq_factor",
+                          "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    "true or false": ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "use_sliding_window",
+                      "truncate"),
+    "an object": ("rope_parameters", "rope_scaling", "jaxmodels"),
+    "a list": ("layer_types",),
+    "a list of integers": ("mlp_only_layers",),
+    "an integer": ("bos_token_id", "pad_token_id", "max_window_layers"),
+}
+_IS = {
+    "a positive integer": lambda v: type(v) is int and 0 < v < 2**31,
+    "a positive number": lambda v: type(v) in (int, float) and 0 < v < 1e30,
+    "true or false": lambda v: type(v) is bool,
+    "an object": lambda v: isinstance(v, dict),
+    "a list": lambda v: isinstance(v, list),
+    "a list of integers": lambda v: isinstance(v, list) and all(type(i) is int for i in v),
+    "an integer": lambda v: type(v) is int and abs(v) < 2**31,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """A config.json as DecoderConfig. Reads transformers' 4.x and 5.x spellings, and the ``jaxmodels`` key that
     ``jaxmodels.save`` adds for split and pruned models. UserError names what is missing or not supported."""
-    family = hf.get("model_type")
+    hf = {key: value for key, value in hf.items() if value is not None}
+    family = str(hf.get("model_type"))
     if family not in MODEL_TYPES:
         raise UserError(f"model_type {family!r} is not one that the decoder reads; supported: "
                         f"{', '.join(sorted(MODEL_TYPES))}")
-    missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                           "intermediate_size") if not isinstance(hf.get(k), int) or hf[k] < 1]
+    _check(hf)
+    missing = [k for k in _NEEDED if k not in hf]
     if missing:
-        raise UserError(f"config.json has no positive integer {missing[0]!r}; fetch the model's own config.json")
+        raise UserError(f"config.json has no {missing[0]!r}; fetch the model's own config.json")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    if layers > 10_000:  # each costs memory before the weights are looked at
+        raise UserError(f"num_hidden_layers {layers} is over the limit of 10000; fetch the model's own config.json")
     kv_heads = hf.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    activation = _ACTIVATIONS.get(hf.get("hidden_act", "silu"))
+    if head_dim % 2:
+        raise UserError(f"head_dim {head_dim} is odd, and rotary positions turn pairs; check config.json")
+    activation = _ACTIVATIONS.get(str(hf.get("hidden_act", "silu")))
     if activation is None:
         raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     experts, expert_layers = _experts(family, hf, layers)
@@ -63,25 +91,42 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     else:
         widths = (width,) * layers
     eos = hf.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if any(type(i) is not int for i in eos):
+        raise UserError(f"config.json: eos_token_id is {eos!r:.80}; an integer or a list of integers is needed")
     config = DecoderConfig(
         vocab_size=hf["vocab_size"], d_model=hf["hidden_size"], num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim, ffn_widths=widths, activation=activation, rope=_rope(hf),
-        norm_eps=hf.get("rms_norm_eps", 1e-6), max_positions=hf.get("max_position_embeddings", 2048),
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)), max_positions=hf.get("max_position_embeddings", 2048),
         windows=_windows(family, hf, layers),
         qkv_bias=family == "qwen2" or bool(hf.get("attention_bias", False)),
         out_bias=family != "qwen2" and bool(hf.get("attention_bias", False)),
         mlp_bias=bool(hf.get("mlp_bias", False)),
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmo2": "full", "olmoe": "full"}.get(family),
-        norm_placement="post" if family == "olmo2" else "pre", clip_qkv=hf.get("clip_qkv"),
+        norm_placement="post" if family == "olmo2" else "pre",
+        clip_qkv=float(hf["clip_qkv"]) if "clip_qkv" in hf else None,
         tied=bool(hf.get("tie_word_embeddings", False)), experts=experts, expert_layers=expert_layers, family=family,
         bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
+        eos_ids=tuple(eos))
     return _with_ours(config, hf.get("jaxmodels", {}))
+
+
+def _check(values: dict[str, Any]) -> None:
+    for kind, keys in _KINDS.items():
+        for key in keys:
+            if key in values and not _IS[kind](values[key]):
+                raise UserError(f"config.json: {key} is {values[key]!r:.80}; {kind} is needed; fetch the model's own "
+                                "config.json")
 
 
 def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
     if "experts" in ours:
-        config = dataclasses.replace(config, experts=ExpertConfig(**ours["experts"]))
+        fields = {f.name: f.type for f in dataclasses.fields(ExpertConfig)}
+        given = ours["experts"]
+        if not isinstance(given, dict) or any(type(v) is not fields.get(k) for k, v in given.items()) or not (
+                {"num_experts", "top_k", "router"} <= given.keys()):
+            raise UserError(f"config.json: jaxmodels.experts is {given!r:.200}; split the model again")
+        config = dataclasses.replace(config, experts=ExpertConfig(**given))
         E = config.experts.num_experts
         bad = [w for w in config.ffn_widths if E < 1 or w % E]
         if bad:
@@ -89,9 +134,11 @@ def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
                             "divide it; split the model again")
         config = dataclasses.replace(config, ffn_widths=tuple(w // E for w in config.ffn_widths))
     if "ffn_widths" in ours:
-        if len(ours["ffn_widths"]) != config.num_layers:
-            raise UserError(f"config.json lists {len(ours['ffn_widths'])} ffn_widths for {config.num_layers} layers; "
-                            "prune the model again")
+        widths = ours["ffn_widths"]
+        if not isinstance(widths, list) or len(widths) != config.num_layers or not all(
+                type(w) is int and w > 0 for w in widths):
+            raise UserError(f"config.json: ffn_widths is {widths!r:.200}; {config.num_layers} positive integers are "
+                            "needed, one a layer; prune the model again")
         config = dataclasses.replace(config, ffn_widths=tuple(ours["ffn_widths"]))
     return dataclasses.replace(config, down_bias=bool(ours.get("down_bias", config.down_bias)))
 
@@ -112,12 +159,23 @@ def _experts(family: str, hf: dict[str, Any], layers: int):
 
 def _rope(hf: dict[str, Any]) -> RopeConfig:
     """``rope_theta`` and ``rope_scaling`` (transformers 4.x) or ``rope_parameters`` (5.x)."""
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    parameters = {key: value for key, value in given.items() if value is not None}
+    _check(parameters)
     theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
+    if parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:
+        raise UserError("config.json: partial_rotary_factor is not supported; every dimension of a head is turned")
     if kind not in _ROPE_KINDS:
         raise UserError(f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}")
-    fields = {ours: parameters[name] for name, ours in _ROPE_FIELDS.items() if parameters.get(name) is not None}
+    fields = {ours: parameters[name] if name in ("truncate", "original_max_position_embeddings")
+              else float(parameters[name])
+              for name, ours in _ROPE_FIELDS.items() if name in parameters}
+    if kind != "default" and "factor" not in fields:
+        raise UserError(f"config.json: rope type {kind!r} has no factor; fetch the model's own config.json")
+    if fields.get("low_freq_factor", 1.0) >= fields.get("high_freq_factor", 4.0):
+        raise UserError(f"config.json: rope's low_freq_factor {fields.get('low_freq_factor', 1.0)} must be below its "
+                        f"high_freq_factor {fields.get('high_freq_factor', 4.0)}; fetch the model's own config.json")
     if kind in ("llama3", "yarn"):
         fields.setdefault("original_max_positions", hf.get("original_max_position_embeddings")
                           or hf.get("max_position_embeddings", 2048))
@@ -136,7 +194,11 @@ def _windows(family: str, hf: dict[str, Any], layers: int):
         if family != "qwen3_moe":
             types = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 28)
                                               else "full_attention" for i in range(layers)]
-            return tuple(window if t == "sliding_attention" else None for t in types)
+            if len(types) != layers:
+                raise UserError(f"config.json lists {len(types)} layer_types for {layers} layers; fetch the model's "
+                                "own config.json")
+            windows = tuple(window if t == "sliding_attention" else None for t in types)
+            return windows if any(windows) else None
     return (window,) * layers
 
 

@@ -6,17 +6,20 @@ groups of one. Every intermediate that anyone wants goes through the taps.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.decoder.config import DecoderConfig
+from jaxmodels.errors import UserError
 from jaxmodels.experts.module import Experts
 from jaxmodels.layers.attention import NO_WINDOW, Attention, Context
 from jaxmodels.layers.mlp import MLP
 from jaxmodels.layers.norms import RMSNorm
 from jaxmodels.layers.param import param
+from jaxmodels.shapes import Array, Bool, Float, Int
 from jaxmodels.taps import NO_TAPS, Probe, Taps
 
 POINTS = ("embedding", "residual", "attention.query", "attention.key", "attention.value", "attention.probability",
@@ -55,7 +58,7 @@ class Block(nnx.Module):
         norm = functools.partial(RMSNorm, cfg.d_model, eps=cfg.norm_eps, dtype=cfg.param_dtype, rngs=rngs)
         self.attention_norm, self.ffn_norm = norm(), norm()
         self.attention = Attention(
-            cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, rope=cfg.rope, qkv_bias=cfg.qkv_bias,
+            cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, qkv_bias=cfg.qkv_bias,
             out_bias=cfg.out_bias, qk_norm=cfg.qk_norm, norm_eps=cfg.norm_eps, clip=cfg.clip_qkv,
             dtype=cfg.param_dtype, rngs=rngs)
         ffn = functools.partial(Experts, cfg.experts) if cfg.has_experts(layer) else MLP
@@ -85,22 +88,23 @@ class Decoder(nnx.Module):
         self.head = None if cfg.tied else param(
             rngs, (cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std=cfg.d_model ** -0.5, dtype=cfg.param_dtype)
 
-    def __call__(self, tokens: jax.Array, *, mask: jax.Array | None = None, positions: jax.Array | None = None,
-                 segments: jax.Array | None = None, taps: Taps = NO_TAPS, logits: str = "all"):
+    def __call__(self, tokens: Int[Any, "B T"], *, mask: Bool[Any, "B T"] | None = None,
+                 positions: Int[Any, "B T"] | None = None, segments: Int[Any, "B T"] | None = None,
+                 taps: Taps = NO_TAPS, logits: str = "all") -> tuple[Float[Array, "B _ V"] | None, dict[str, Any]]:
         """Runs the model; one compilation for each shape and set of taps.
 
         Args:
           tokens: int32[B, T].
           mask: bool[B, T], False for padding (on either side); padding is never looked at and never counted.
           positions: int32[B, T]; default: the number of real tokens before each one (of its segment).
-          segments: int32[B, T]; tokens see only tokens of their own segment (documents packed into one row).
+          segments: int32[B, T]; tokens see only tokens of their own segment (documents packed into one row, each a run
+            of one id; any order of ids).
           taps: what to record and what to change.
           logits: ``all``, ``last`` (only the last position: [B, 1, V]) or ``none`` (the head is skipped; returns None).
 
         Returns:
           (float32[B, T, V], aux), aux: a dict of recordings by point, with a leading layer axis.
         """
-        taps.check(POINTS, self.cfg.num_layers)
         graphdef, state = nnx.split(self)
         return _run(graphdef, state, tokens, mask, positions, segments, taps, logits)
 
@@ -108,8 +112,10 @@ class Decoder(nnx.Module):
                 cache: Cache | None = None):
         """The pure forward pass, for use inside other transforms. Returns (logits, aux, cache)."""
         cfg = self.cfg
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        context, cache = _context(cfg, mask, positions, segments, cache)
+        _check_taps(taps, cfg)
+        tokens = jnp.asarray(tokens)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        context, cache = make_context(cfg, mask, positions, segments, cache)
         probe = _edge_probe(taps, mask)
         x = probe("embedding", self.embed[...][tokens].astype(cfg.dtype))
         recorded, keys, values = [], [], []
@@ -130,6 +136,12 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache = dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
         return self._logits(x, logits), aux, cache
+
+    def block(self, layer: int) -> Block:
+        """One layer as a module of its own, for callers that walk through the depth (layer by layer repair)."""
+        group = next(g for g, (start, stop) in enumerate(self.cfg.groups) if start <= layer < stop)
+        graphdef, params = nnx.split(self.groups[group])
+        return nnx.merge(graphdef, jax.tree.map(lambda a: a[layer - self.cfg.groups[group][0]], params))
 
     def _logits(self, x, which):
         if which == "none":
@@ -163,11 +175,11 @@ def _run_group(group: Block, cfg, start, stop, x, context, taps, mask, cache):
     if context.distance is not None:
         windows = jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows[start:stop]], jnp.int32)
     taps = _inner(taps).layers(start, stop)
-    width = cfg.ffn_widths[start]
+    width, widest = cfg.ffn_widths[start], max(cfg.ffn_widths)
 
     def layer(x, sliced):
         params, taps, window, cache = sliced
-        probe = taps.probe(mask, width)
+        probe = taps.probe(mask, width, widest)
         x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
         return x, (probe.out, cache)
 
@@ -180,16 +192,18 @@ def _run_group(group: Block, cfg, start, stop, x, context, taps, mask, cache):
     return x, *out
 
 
-def _context(cfg, mask, positions, segments, cache):
+def make_context(cfg: DecoderConfig, mask, positions=None, segments=None, cache=None):
     """Positions, who may look at whom, and the cache with this call's slots entered."""
     if cache is not None and segments is not None:
         raise ValueError("segments cannot be combined with a cache; run the packed rows without one")
     if positions is None:
-        before = 0 if cache is None else cache.valid.sum(1, keepdims=True)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + before
+        positions = jnp.cumsum(mask, axis=1) - mask  # real tokens before each one
+        if cache is not None:
+            positions += cache.valid.sum(1, keepdims=True)
         if segments is not None:
-            first = jax.vmap(lambda s: jnp.searchsorted(s, s, side="left"))(segments)
-            positions = jnp.arange(mask.shape[1])[None] - first
+            starts = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+            first = jax.lax.cummax(jnp.where(starts, jnp.arange(mask.shape[1]), 0), axis=1)
+            positions -= jnp.take_along_axis(positions, first, axis=1)
     positions = jnp.broadcast_to(positions, mask.shape).astype(jnp.int32)
     key_positions, valid, write_at = positions, mask, None
     T = mask.shape[1]
@@ -207,7 +221,16 @@ def _context(cfg, mask, positions, segments, cache):
     distance = None
     if cfg.windows is not None and any(w is not None for w in cfg.windows):
         distance = positions[:, :, None] - key_positions[:, None, :]
-    return Context(positions, allowed, distance, write_at), cache
+    return Context(cfg.rope.rotation(positions, cfg.head_dim), allowed, distance, write_at), cache
+
+
+def _check_taps(taps: Taps, cfg: DecoderConfig) -> None:
+    routed = cfg.experts is not None and cfg.experts.router != "all"
+    taps.check(POINTS if routed else POINTS[:-1], cfg.num_layers)
+    inside = sorted(taps.points & {"ffn.gate", "ffn.up", "ffn.hidden"})
+    if inside and len({cfg.has_experts(i) for i in range(cfg.num_layers)}) > 1:
+        raise UserError(f"tap {inside[0]!r} is [B, T, F] in the dense layers of this model and [B, T, E, s] in its "
+                        "expert layers, which do not stack; tap 'ffn.output' instead")
 
 
 def _select(taps: Taps, keep) -> Taps:
@@ -232,7 +255,10 @@ def _last_residual_probe(taps: Taps, mask, num_layers: int) -> Probe:
 
 
 def _gather(recorded, cfg: DecoderConfig):
-    """Joins the groups' recordings along the layer axis, zero-padded to the widest, with ``ffn.width`` beside."""
+    """Joins the groups' recordings along the layer axis, zero-padded to the widest, with ``ffn.width`` beside.
+
+    Zero in layers that lack a point: ``router.logits`` of the dense layers among expert layers.
+    """
     def join(*parts):
         width = max(p.shape[-1] for p in parts) if parts[0].ndim > 1 else 0
         parts = [p if p.ndim == 1 or p.shape[-1] == width
@@ -241,7 +267,11 @@ def _gather(recorded, cfg: DecoderConfig):
 
     aux = {}
     for name in dict.fromkeys(n for out in recorded for n in out):
-        aux[name] = jax.tree.map(join, *[out[name] for out in recorded if name in out])
+        some = next(out[name] for out in recorded if name in out)
+        parts = [out[name] if name in out else
+                 jax.tree.map(lambda a, n=stop - start: jnp.zeros((n, *a.shape[1:]), a.dtype), some)
+                 for out, (start, stop) in zip(recorded, cfg.groups, strict=True)]
+        aux[name] = jax.tree.map(join, *parts)
     if len(set(cfg.ffn_widths)) > 1 and any(name.startswith("ffn.") for name in aux):
         aux["ffn.width"] = jnp.asarray(cfg.ffn_widths, jnp.int32)
     return aux

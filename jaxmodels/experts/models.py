@@ -1,7 +1,7 @@
 """``jaxmodels.split`` and ``jaxmodels.prune``: whole decoders into experts, and into smaller decoders."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxmodels.decoder.config import ExpertConfig
+from jaxmodels.decoder.config import ROUTERS, ExpertConfig
 from jaxmodels.decoder.model import Decoder
 from jaxmodels.errors import UserError
 from jaxmodels.experts import routers
 from jaxmodels.experts.prune import prune_experts
 from jaxmodels.experts.split import Split, expert_shape, split_many
 from jaxmodels.hub.models import build, leaves
-
-ROUTERS = ("all", "oracle", "similarity", "linear", "mlp", "markers", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ def unroll(model: Decoder) -> Decoder:
 
 def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | None = None, method: str = "kmeans",
           seed: int = 0, router: str = "all", top_k: int | None = None, block: int = 1,
-          activations: Sequence[Any] | None = None, importance: Sequence[Any] | None = None, num_shared: int = 0,
+          activations: Iterable[Any] | None = None, importance: Iterable[Any] | None = None, num_shared: int = 0,
           pad: bool = False, processes: int | None = 1, progress: Callable[[int, int], None] | None = None,
           **options: Any) -> tuple[Decoder, ModelSplit]:
     """Splits every feed-forward layer of a dense decoder into experts (moe_split.md section 1).
@@ -115,8 +113,8 @@ def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | 
     """
     if model.cfg.experts is not None:
         raise UserError("the model has experts already; split a dense model")
-    if router not in ROUTERS:
-        raise UserError(f"router {router!r} is not one of {', '.join(ROUTERS)}")
+    if router not in ROUTERS[1:]:  # a trained router cannot be made by splitting
+        raise UserError(f"router {router!r} is not one of {', '.join(ROUTERS[1:])}")
     if router == "markers" and method != "markers":
         raise UserError(f"router markers needs method markers, not {method}")
     sizes = {expert_shape(w, num_experts, expert_size, pad) for w in set(model.cfg.ffn_widths)}
@@ -127,9 +125,10 @@ def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | 
     if not 1 <= top_k <= experts - num_shared:
         raise UserError(f"top_k {top_k} must lie in 1..{experts - num_shared}, the number of routed experts")
     dense = ffn_layers(model)
-    done = split_many(dense, num_experts=experts, method=method, seed=seed, activations=activations,
-                      importance=importance, num_shared=num_shared, pad=True, processes=processes, progress=progress,
-                      activation=model.cfg.activation, **options)
+    activations, importance = (x if x is None else list(x) for x in (activations, importance))
+    done = split_many(dense, num_experts=num_experts, expert_size=expert_size, method=method, seed=seed,
+                      activations=activations, importance=importance, num_shared=num_shared, pad=pad,
+                      processes=processes, progress=progress, activation=model.cfg.activation, **options)
     splits = tuple(s for _, s in done)
     config = ExpertConfig(experts, top_k, router=router, renormalise=False, shared=num_shared, block=block)
     expert_model = with_ffn(
@@ -139,7 +138,7 @@ def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | 
     return expert_model, ModelSplit(splits)
 
 
-def prune(model: Decoder, keep: Bool[Any, "L E"]) -> Decoder:
+def prune(model: Decoder, keep: Any) -> Decoder:
     """Keeps some experts (of a split model: bool[L, E]) or neurons (of a dense one: bool[L, F]) of every layer.
 
     The rest leaves the weights: the result is a dense decoder with a width of its own in each layer, unrolled.

@@ -38,17 +38,26 @@ def zero_moments(width: int, target: int = 0) -> Moments:
 
 
 def moments(
-    x: Float[Array, "*B F"], mask: Bool[Array, "*B"] | None = None, y: Float[Array, "*B D"] | None = None
+    x: Float[Array, "*B F"],
+    mask: Bool[Array, "*B"] | None = None,
+    y: Float[Array, "*B D"] | None = None,
+    weight: Float[Array, "*B"] | None = None,
 ) -> Moments:
-    """Sums of one batch, for jit or a `reduce` tap. Tokens outside the mask do not count, NaN there included."""
+    """Sums of one batch, for jit or a `reduce` tap. Tokens outside the mask do not count, NaN there included.
+
+    `weight` makes the later fit a weighted least squares. A few tokens (the first of a text, some separators) have
+    activations a thousand times larger than all others; unweighted, they alone decide the fit.
+    """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     y = jnp.zeros((x.shape[0], 0)) if y is None else y.reshape(-1, y.shape[-1]).astype(jnp.float32)
     live = jnp.ones(x.shape[0], bool) if mask is None else mask.reshape(-1)
     x, y = jnp.where(live[:, None], x, 0), jnp.where(live[:, None], y, 0)
+    w = live.astype(jnp.float32) if weight is None else jnp.where(live, weight.reshape(-1), 0).astype(jnp.float32)
+    wx = x * w[:, None]
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return Moments(
-        live.sum(dtype=jnp.float32), x.sum(0), product("tf,tg->fg", x, x), y.sum(0), product("tf,td->fd", x, y),
-        (y**2).sum(),
+        w.sum(), wx.sum(0), product("tf,tg->fg", wx, x), w @ y, product("tf,td->fd", wx, y),
+        (w[:, None] * y**2).sum(),
     )  # fmt: skip
 
 
@@ -120,8 +129,8 @@ class _Problem(NamedTuple):
 
 def _float64(stats: Moments) -> list[np.ndarray]:
     values = [np.asarray(value, np.float64) for value in stats]
-    if values[0] < 2:
-        raise UserError(f"moments of {int(values[0])} tokens cannot be refitted; give calibration text")
+    if not values[0] > 0:
+        raise UserError("moments of no tokens cannot be refitted; give calibration text")
     if not all(np.isfinite(v).all() for v in values):
         raise UserError("the moments contain NaN or infinity; mask such tokens out")
     return values

