@@ -7,7 +7,7 @@ output, 1 puts the stream back onto the dense one as far as the kept neurons can
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -27,85 +27,111 @@ PULL = 0.5
 
 
 class Repair(NamedTuple):
-    """down: float32[L, F, D], rows of dropped neurons are 0; bias: float32[L, D], the output bias to add;
+    """keep: bool[L, F]; down: float32[L, F, D], rows of dropped neurons are 0; bias: float32[L, D], the output bias to add;
     residual: float[L], the share of the target's variance that each layer's fit leaves."""
 
+    keep: np.ndarray
     down: np.ndarray
     bias: np.ndarray
     residual: np.ndarray
 
 
 def sequential_refit(model: Decoder, tokens: Int[np.ndarray, "R T"], mask: Bool[np.ndarray, "R T"],
-                     keep: Bool[np.ndarray, "L F"], *, ridge: float = recover.RIDGE,
-                     pull: float = PULL, batch: int = 8, advance: Callable[[], None] = lambda: None) -> Repair:
-    """Refits every down projection for the neurons that ``keep`` leaves.
+                     counts: Int[np.ndarray, "L"], *, keep: Bool[np.ndarray, "L F"] | None = None,
+                     ridge: float = recover.RIDGE, pull: float = PULL, batch: int = 8,
+                     advance: Callable[[], None] = lambda: None) -> Repair:
+    """Chooses ``counts[l]`` neurons in each layer and refits its down projection to them.
 
-    tokens, mask: calibration rows. Memory: two residual streams of the calibration text, R·T·D floats each.
+    tokens, mask: calibration rows. keep: the neurons, if they are chosen already; default: those that the others can
+    replace least (``recover.select_neurons``). Memory: two residual streams and one hidden layer of the text.
     Raises UserError for post-norm models, whose FFN output is normalised before it reaches the stream.
     """
     if model.cfg.norm_placement != "pre":
-        raise UserError("sequential refit needs a pre-norm model; use refit_down for this one")
+        raise UserError("sequential refit needs a pre-norm model; use recover.refit_down for this one")
     rows = [slice(i, i + batch) for i in range(0, len(tokens), batch)]
     short = -len(tokens) % batch
     tokens, mask = np.pad(tokens, ((0, short), (0, 0))), np.pad(mask, ((0, short), (0, 0)))
     masks = [jnp.asarray(mask[r]) for r in rows]
     dense = [model.embed[...][tokens[r]].astype(model.cfg.dtype) for r in rows]
     pruned = list(dense)
-    out_down, out_bias, left = [], [], []
+    # One width for all layers, so that they share their compilations; places beyond a layer's own count are zero.
+    width = int(max(counts))
+    out = []
     for layer, ffn in enumerate(ffn_layers(model)):
         graphdef, params = nnx.split(model.block(layer))
-        kept = jnp.asarray(keep[layer])
-        stats = None
-        bases, hiddens = [], []
-        for i, m in enumerate(masks):
-            dense[i], dense_base, _ = _run_block(graphdef, model.cfg, params, dense[i], m, jnp.ones_like(kept))
-            _, base, hidden = _run_block(graphdef, model.cfg, params, pruned[i], m, kept)
-            bases.append(base)
-            hiddens.append(hidden)
-            found = _moments(hidden, m, dense[i], dense_base, base, pull)
-            stats = found if stats is None else _add(stats, found)
-        stats = recover.Moments(*(np.asarray(v, np.float64) for v in stats))
-        fit = _fit(stats, np.asarray(ffn["down"]), keep[layer], ridge)
-        out_down.append(fit.down)
-        out_bias.append(fit.bias)
-        left.append(fit.residual)
-        for i in range(len(rows)):
-            pruned[i] = _apply(bases[i], hiddens[i], jnp.asarray(fit.down), jnp.asarray(fit.bias))
+        block = functools.partial(_run_block, graphdef, model.cfg, params)
+        down = np.asarray(ffn["down"], np.float32)
+        dense_parts = [block(x, m) for x, m in zip(dense, masks, strict=True)]
+        if keep is None:
+            stats = _sum(_own_moments(part, m) for part, m in zip(dense_parts, masks, strict=True))
+            index = np.flatnonzero(recover.select_neurons(stats, down, int(counts[layer]), ridge=ridge))
+        else:
+            index = np.flatnonzero(keep[layer])
+        padded = jnp.asarray(np.concatenate([index, np.zeros(width - len(index), int)]))
+        parts = [_keep(block(x, m), padded, len(index)) for x, m in zip(pruned, masks, strict=True)]
+        stats = _sum(_moments(part, dense_part, m, pull)
+                     for part, dense_part, m in zip(parts, dense_parts, masks, strict=True))
+        used = len(index)
+        stats = stats._replace(x=stats.x[:used], xx=stats.xx[:used, :used], xy=stats.xy[:used])
+        fit = recover.refit(stats, down[index], ridge=ridge)
+        rows_down = jnp.zeros((width, down.shape[1])).at[:used].set(fit.down)
+        pruned = [_apply(part, rows_down, jnp.asarray(fit.bias)) for part in parts]
+        dense = [part.out for part in dense_parts]
+        full = np.zeros_like(down)
+        full[index] = fit.down
+        kept = np.zeros(len(down), bool)
+        kept[index] = True
+        out.append((kept, full, fit.bias, fit.residual))
         advance()
-    return Repair(np.stack(out_down), np.stack(out_bias), np.asarray(left))
+    return Repair(*(np.stack(values) for values in zip(*out, strict=True)))
 
 
-def _fit(stats: recover.Moments, down: np.ndarray, keep: np.ndarray, ridge: float) -> recover.Refit:
-    """The fit on the kept neurons, in the full layout."""
-    index = np.flatnonzero(keep)
-    small = stats._replace(x=stats.x[index], xx=stats.xx[np.ix_(index, index)], xy=stats.xy[index])
-    fit = recover.refit(small, down[index], ridge=ridge)
-    full = np.zeros_like(down, dtype=np.float32)
-    full[index] = fit.down
-    return fit._replace(down=full)
+class _Part(NamedTuple):
+    """One batch in one layer: the layer's output, the stream before the FFN adds to it, the hidden activations."""
+
+    out: jax.Array
+    base: jax.Array
+    hidden: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(graphdef, cfg, params, x, mask, keep):
-    """(output, residual stream before the FFN's output is added, hidden with dropped neurons at 0)."""
-    taps = Taps(record=("ffn.hidden", "ffn.output"), mask={"ffn.hidden": keep})
-    probe = taps.probe(mask)
+def _run_block(graphdef, cfg, params, x, mask) -> _Part:
+    probe = Taps(record=("ffn.hidden", "ffn.output")).probe(mask)
     context, _ = make_context(cfg, mask)
-    window = None
-    out, _ = nnx.merge(graphdef, params)(x, context, probe, window)
-    return out, out - probe.out["ffn.output"], probe.out["ffn.hidden"]
+    out, _ = nnx.merge(graphdef, params)(x, context, probe)
+    return _Part(out, out - probe.out["ffn.output"], probe.out["ffn.hidden"])
 
 
 @jax.jit
-def _moments(hidden, mask, dense_out, dense_base, base, pull):
-    target = dense_out - dense_base + pull * (dense_base - base)
+def _keep(part: _Part, index, used) -> _Part:
+    hidden = jnp.where(jnp.arange(len(index)) < used, part.hidden[..., index], 0)
+    return part._replace(hidden=hidden)
+
+
+def _weight(base):
     # The next norm divides a token by the size of its residual stream, so an error counts relative to that size.
-    return recover.moments(hidden, mask, target, 1 / (jnp.mean(base * base, axis=-1) + 1e-6))
-
-
-_add = jax.jit(recover.add_moments, donate_argnums=0)
+    return 1 / (jnp.mean(base * base, axis=-1) + 1e-6)
 
 
 @jax.jit
-def _apply(base, hidden, down, bias):
-    return base + hidden @ down + bias
+def _own_moments(dense: _Part, mask) -> recover.Moments:
+    return recover.moments(dense.hidden, mask, None, _weight(dense.base))
+
+
+@jax.jit
+def _moments(part: _Part, dense: _Part, mask, pull) -> recover.Moments:
+    target = dense.out - dense.base + pull * (dense.base - part.base)
+    return recover.moments(part.hidden, mask, target, _weight(part.base))
+
+
+def _sum(found: Iterable[recover.Moments]) -> recover.Moments:
+    """float64 on the host; the sum stays on the device until it is complete."""
+    return recover.Moments(*(np.asarray(v, np.float64) for v in functools.reduce(_add, found)))
+
+
+@jax.jit
+def _apply(part: _Part, down, bias):
+    return part.base + part.hidden @ down + bias
+
+
+_add = jax.jit(recover.add_moments)

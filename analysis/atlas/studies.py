@@ -244,15 +244,14 @@ def recovery(atlas: Any) -> None:
 
 
 def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -> dict[str, np.ndarray]:
-    scores = Scores.of(atlas.collector.get(lang, "selection"), atlas.perm, atlas.num_experts, atlas.k)
-    keep = mask_of("neuron contribution, uniform", scores, share, atlas.perm)
+    counts = np.full(atlas.model.cfg.num_layers, round(share * atlas.perm.shape[1]))
     parts = [lang.parts[name] for name in ("analysis", "selection")]
     tokens = np.concatenate([p.tokens for p in parts])
     mask = np.concatenate([p.mask for p in parts])
     limit = max(1, atlas.cfg.prune.refit_tokens // tokens.shape[1])
-    repair = sequential_refit(atlas.model, tokens[:limit], mask[:limit], keep, advance=advance)
-    dense, masked = _dense(atlas, test), atlas.scorer(test, keep)
-    repaired = Scorer(with_down(atlas.model, repair.down, repair.bias))(test, keep)
+    repair = sequential_refit(atlas.model, tokens[:limit], mask[:limit], counts, advance=advance)
+    dense, masked = _dense(atlas, test), atlas.scorer(test, repair.keep)
+    repaired = Scorer(with_down(atlas.model, repair.down, repair.bias))(test, repair.keep)
     return {"dense": dense.nll, "masked": masked.nll, "repaired": repaired.nll, "tokens": dense.tokens,
             "residual": repair.residual}
 

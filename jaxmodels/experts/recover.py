@@ -116,6 +116,38 @@ def refit(stats: Moments, prior: Float[Any, "R D"], *, ridge: float = RIDGE) -> 
     return _finish(problem, _ridge(problem, np.asarray(prior, np.float64), ridge), 0.0)
 
 
+def select_neurons(
+    stats: Moments, down: Float[Any, "F D"], count: int, *, ridge: float = RIDGE, chunk: int = 48
+) -> Bool[np.ndarray, "F"]:
+    """The `count` neurons to keep when the others' output is to be refitted from them: backward elimination.
+
+    Dropping neuron j raises the squared error of the best refit by ||w_j||^2 / [S^-1]_jj (optimal brain surgeon,
+    Hassibi & Stork 1993, eq. 5, for D outputs at once), with w the rows refitted so far and S the centred second
+    moments of the dense model's h. A neuron that others predict is cheap to drop however large it is. `chunk` neurons
+    go at a time; 1 is the exact greedy order.
+    """
+    n, x, xx, *_ = _float64(stats)
+    if not 0 < count <= len(x):
+        raise UserError(f"{count} neurons cannot be kept of {len(x)}; keep 1 to {len(x)}")
+    mean = x / n
+    system = xx / n - np.outer(mean, mean)
+    system[np.diag_indices_from(system)] += ridge * max(np.trace(system) / len(x), np.finfo(float).tiny)
+    inverse = scipy.linalg.inv(system, overwrite_a=True, check_finite=False)
+    rows = np.array(down, np.float64)
+    alive = np.arange(len(x))
+    while len(alive) > count:
+        cost = (rows**2).sum(1) / np.diagonal(inverse)
+        drop = np.argsort(cost, kind="stable")[: min(chunk, len(alive) - count)]
+        stay = np.setdiff1d(np.arange(len(alive)), drop)
+        moved = scipy.linalg.solve(inverse[np.ix_(drop, drop)], inverse[np.ix_(drop, stay)], assume_a="pos").T
+        rows = rows[stay] - moved @ rows[drop]
+        inverse = inverse[np.ix_(stay, stay)] - moved @ inverse[np.ix_(drop, stay)]
+        alive = alive[stay]
+    keep = np.zeros(len(x), bool)
+    keep[alive] = True
+    return keep
+
+
 class _Problem(NamedTuple):
     """Centred least squares: sums over tokens around the means."""
 
