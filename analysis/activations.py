@@ -100,6 +100,15 @@ def activity_taps(norms: Float[Array, "L F"], order: Int[Array, "L F"], counted:
                         "ffn.gate": jax.tree_util.Partial(_fold_gate, counted)})
 
 
+def _pick(index, value, mask):
+    return value[..., index]
+
+
+def pick_taps(index: Int[Array, "L M"], point: str = "ffn.hidden") -> Taps:
+    """Taps that record M chosen neurons of each layer: ``aux[point]``: [L, B, T, M]."""
+    return Taps(reduce={point: jax.tree_util.Partial(_pick, jnp.asarray(index))})
+
+
 def flatten_activity(aux: Mapping[str, object]) -> dict[str, Array]:
     """The recordings of ``activity_taps`` in one dict; positive gates under ``positive_gate``."""
     return {**aux["ffn.hidden"], "positive_gate": aux["ffn.gate"]}

@@ -15,19 +15,25 @@ from analysis.atlas.config import AtlasConfig
 
 PRESETS: dict[str, dict[str, object]] = {
     "quick": {
-        "text.analysis_tokens": 2560, "text.least_tokens": 2304, "text.max_languages": 44,
-        "text.selection_tokens": 1536, "profile.neurons": False, "profile.permutations": 2000, "split.restarts": 1,
-        "prune.shares": (0.75, 0.5), "prune.random_seeds": 1, "prune.lape_seeds": 1, "prune.others": 1,
-        "prune.bootstrap": 500, "prune.repair_shares": (0.75,), "prune.repair_languages": 1,
-        "prune.refit_tokens": 3072, "speed.repeats": 3, "speed.decode": 16, "speed.shares": (0.5,),
+        "text.max_languages": 44, "text.analysis_tokens": 2560, "text.least_tokens": 2304,
+        "text.selection_tokens": 1536,
+        "split.restarts": 1,
+        "profile.neurons": False, "profile.permutations": 2000,
+        "prune.shares": (0.75, 0.5), "prune.others": 1, "prune.random_seeds": 1, "prune.bootstrap": 500,
+        "prune.interventions": ("zero",), "prune.lape_seeds": 1,
+        "prune.repair_languages": 1, "prune.repair_shares": (0.75,), "prune.refit_tokens": 3072,
+        "prune.own_tokens": 0,
+        "speed.shares": (0.5,), "speed.decode": 16, "speed.repeats": 3,
     },
     "tiny": {
         "text.languages": ("en", "de", "fr"), "text.analysis_tokens": 256, "text.least_tokens": 256,
-        "text.selection_tokens": 256, "text.test_tokens": 256, "text.batch": 2, "profile.neurons": False,
-        "profile.permutations": 200, "profile.shares": (0.2,), "split.method": "random", "prune.panel": ("en", "de"),
-        "prune.shares": (0.5,), "prune.random_seeds": 1, "prune.lape_seeds": 1, "prune.others": 1,
-        "prune.bootstrap": 200, "prune.repair_shares": (0.5,), "prune.repair_languages": 1, "prune.refit_tokens": 256,
-        "speed.repeats": 1, "speed.decode": 4, "speed.prefill": 64, "speed.shares": (0.5,),
+        "text.selection_tokens": 128, "text.test_tokens": 128, "text.batch": 2,
+        "split.method": "random",
+        "profile.shares": (0.2,), "profile.neurons": False, "profile.permutations": 200,
+        "prune.panel": ("en", "de"), "prune.shares": (0.5,), "prune.others": 1, "prune.random_seeds": 1,
+        "prune.bootstrap": 200, "prune.interventions": ("zero",), "prune.lape_seeds": 1,
+        "prune.repair_languages": 1, "prune.repair_shares": (0.5,), "prune.refit_tokens": 128, "prune.own_tokens": 0,
+        "speed.shares": (0.5,), "speed.prefill": 64, "speed.decode": 4, "speed.repeats": 1,
     },
 }
 NEEDS = ("gettext", "smollm2-135m-instruct")

@@ -14,7 +14,7 @@ HALVES = 2  # every count is kept for two halves of the text, for split-half rel
 
 
 def batches(rows: Rows, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(tokens int32[B, T], mask bool[B, T], half int[B]) with rows of padding at the end: one shape, one compilation."""
+    """(tokens int32[B, T], mask bool[B, T], half int[B]); rows of padding at the end: one shape, one compilation."""
     total = len(rows.tokens)
     for start in range(0, total, size):
         tokens, mask = rows.tokens[start:start + size], rows.mask[start:start + size]

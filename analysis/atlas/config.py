@@ -52,12 +52,14 @@ class PruneConfig:
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)  # share of the feed-forward layers that is kept
     random_seeds: int = 5
     lape_seeds: int = 5  # random controls of the intervention matrix
+    interventions: tuple[str, ...] = ("zero", "mean", "p10", "p90")  # what language neurons are set to
     bootstrap: int = 1000
     recover: bool = True  # bias compensation and refit of the down projections
     transfer: str = "udhr"  # other-domain test text of the recovery table; the main source's test part if absent
     repair_shares: tuple[float, ...] = (0.75, 0.5)  # shares that are repaired
     repair_languages: int = 8  # panel languages that are repaired, in the order of the panel
-    refit_tokens: int = 16_384  # calibration tokens of the refit
+    refit_tokens: int = 16_384  # calibration tokens of the refit, from the main texts
+    own_tokens: int = 8192  # and tokens that the model writes itself after their openings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,10 @@ class AtlasConfig:
                              ("speed.shares", self.speed.shares)):
             if not shares or not all(0 < s <= 1 for s in shares):
                 raise UserError(f"{name} {list(shares)} must be numbers above 0 and at most 1")
+        if unknown := sorted(set(self.prune.interventions) - {"zero", "mean", "p10", "p90"}):
+            raise UserError(f"prune.interventions has {unknown[0]!r}; choose from zero, mean, p10, p90")
+        if self.prune.interventions[:1] != ("zero",):
+            raise UserError("prune.interventions must begin with zero, which the tables and controls refer to")
         if self.text.least_tokens > self.text.analysis_tokens:
             raise UserError(f"text.least_tokens {self.text.least_tokens} is above text.analysis_tokens "
                             f"{self.text.analysis_tokens}; lower it")

@@ -14,76 +14,104 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
+from jaxmodels.decoder.generate import Sampling, generate
 from jaxmodels.decoder.model import Decoder, make_context
 from jaxmodels.errors import UserError
 from jaxmodels.experts import recover
 from jaxmodels.experts.models import ffn_layers
 from jaxmodels.taps import Taps
 
-
-PULL = 0.5
+PULL = 0.5  # measured on French and German, see docs/log.md
+RIDGE = 0.1  # of the mean variance: calibration texts are short and of another domain than what follows
 
 
 class Repair(NamedTuple):
-    """keep: bool[L, F]; down: float32[L, F, D], rows of dropped neurons are 0; bias: float32[L, D], the output bias to add;
+    """down: float32[L, F, D], rows of dropped neurons are 0; bias: float32[L, D], the output bias to add;
     residual: float[L], the share of the target's variance that each layer's fit leaves."""
 
-    keep: np.ndarray
     down: np.ndarray
     bias: np.ndarray
     residual: np.ndarray
 
 
-def sequential_refit(model: Decoder, tokens: Int[np.ndarray, "R T"], mask: Bool[np.ndarray, "R T"],
-                     counts: Int[np.ndarray, "L"], *, keep: Bool[np.ndarray, "L F"] | None = None,
-                     ridge: float = recover.RIDGE, pull: float = PULL, batch: int = 8,
-                     advance: Callable[[], None] = lambda: None) -> Repair:
-    """Chooses ``counts[l]`` neurons in each layer and refits its down projection to them.
+class Calibration:
+    """Calibration text on its way through the layers: rows in batches of one shape."""
 
-    tokens, mask: calibration rows. keep: the neurons, if they are chosen already; default: those that the others can
-    replace least (``recover.select_neurons``). Memory: two residual streams and one hidden layer of the text.
-    Raises UserError for post-norm models, whose FFN output is normalised before it reaches the stream.
+    def __init__(self, model: Decoder, tokens: Int[np.ndarray, "R T"], mask: Bool[np.ndarray, "R T"], batch: int = 8):
+        if model.cfg.norm_placement != "pre":
+            raise UserError("repair needs a pre-norm model: a post-norm one normalises the FFN's output once more")
+        batch = min(batch, len(tokens))
+        short = -len(tokens) % batch
+        tokens, mask = np.pad(tokens, ((0, short), (0, 0))), np.pad(mask, ((0, short), (0, 0)))
+        starts = range(0, len(tokens), batch)
+        self.model, self.masks = model, [jnp.asarray(mask[i:i + batch]) for i in starts]
+        self.streams = [model.embed[...][tokens[i:i + batch]].astype(model.cfg.dtype) for i in starts]
+
+    def run(self, layer: int, streams: list[jax.Array]) -> list["_Part"]:
+        """Every batch through one layer."""
+        graphdef, params = nnx.split(self.model.block(layer))
+        return [_run_block(graphdef, self.model.cfg, params, x, m) for x, m in zip(streams, self.masks, strict=True)]
+
+
+def rank_neurons(text: Calibration, *, ridge: float = RIDGE,
+                 advance: Callable[[], None] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
+    """(order int32[L, F], cost float64[L, F]) of ``recover.removal_order`` in every layer of the dense model."""
+    streams, out = list(text.streams), []
+    for layer, ffn in enumerate(ffn_layers(text.model)):
+        parts = text.run(layer, streams)
+        stats = _sum(_own_moments(part, m) for part, m in zip(parts, text.masks, strict=True))
+        out.append(recover.removal_order(stats, np.asarray(ffn["down"], np.float32), ridge=ridge))
+        streams = [part.out for part in parts]
+        advance()
+    return np.stack([order for order, _ in out]), np.stack([cost for _, cost in out])
+
+
+def sequential_refit(text: Calibration, keep: Bool[np.ndarray, "L F"], *, ridge: float = RIDGE, pull: float = PULL,
+                     advance: Callable[[], None] = lambda: None) -> Repair:
+    """Refits every down projection to the neurons that ``keep`` leaves.
+
+    Memory: two residual streams and two hidden layers of the calibration text.
     """
-    if model.cfg.norm_placement != "pre":
-        raise UserError("sequential refit needs a pre-norm model; use recover.refit_down for this one")
-    rows = [slice(i, i + batch) for i in range(0, len(tokens), batch)]
-    short = -len(tokens) % batch
-    tokens, mask = np.pad(tokens, ((0, short), (0, 0))), np.pad(mask, ((0, short), (0, 0)))
-    masks = [jnp.asarray(mask[r]) for r in rows]
-    dense = [model.embed[...][tokens[r]].astype(model.cfg.dtype) for r in rows]
-    pruned = list(dense)
+    dense, pruned = list(text.streams), list(text.streams)
     # One width for all layers, so that they share their compilations; places beyond a layer's own count are zero.
-    width = int(max(counts))
+    width = int(keep.sum(1).max())
     out = []
-    for layer, ffn in enumerate(ffn_layers(model)):
-        graphdef, params = nnx.split(model.block(layer))
-        block = functools.partial(_run_block, graphdef, model.cfg, params)
-        down = np.asarray(ffn["down"], np.float32)
-        dense_parts = [block(x, m) for x, m in zip(dense, masks, strict=True)]
-        if keep is None:
-            stats = _sum(_own_moments(part, m) for part, m in zip(dense_parts, masks, strict=True))
-            index = np.flatnonzero(recover.select_neurons(stats, down, int(counts[layer]), ridge=ridge))
-        else:
-            index = np.flatnonzero(keep[layer])
-        padded = jnp.asarray(np.concatenate([index, np.zeros(width - len(index), int)]))
-        parts = [_keep(block(x, m), padded, len(index)) for x, m in zip(pruned, masks, strict=True)]
-        stats = _sum(_moments(part, dense_part, m, pull)
-                     for part, dense_part, m in zip(parts, dense_parts, masks, strict=True))
+    for layer, ffn in enumerate(ffn_layers(text.model)):
+        down, index = np.asarray(ffn["down"], np.float32), np.flatnonzero(keep[layer])
         used = len(index)
+        padded = jnp.asarray(np.pad(index, (0, width - used)))
+        dense_parts = text.run(layer, dense)
+        parts = [_keep(part, padded, used) for part in text.run(layer, pruned)]
+        stats = _sum(_moments(part, dense_part, m, pull)
+                     for part, dense_part, m in zip(parts, dense_parts, text.masks, strict=True))
         stats = stats._replace(x=stats.x[:used], xx=stats.xx[:used, :used], xy=stats.xy[:used])
         fit = recover.refit(stats, down[index], ridge=ridge)
-        rows_down = jnp.zeros((width, down.shape[1])).at[:used].set(fit.down)
-        pruned = [_apply(part, rows_down, jnp.asarray(fit.bias)) for part in parts]
+        rows = jnp.zeros((width, down.shape[1])).at[:used].set(fit.down)
+        pruned = [_apply(part, rows, jnp.asarray(fit.bias)) for part in parts]
         dense = [part.out for part in dense_parts]
         full = np.zeros_like(down)
         full[index] = fit.down
-        kept = np.zeros(len(down), bool)
-        kept[index] = True
-        out.append((kept, full, fit.bias, fit.residual))
+        out.append((full, fit.bias, fit.residual))
         advance()
     return Repair(*(np.stack(values) for values in zip(*out, strict=True)))
+
+
+def own_words(model: Decoder, openings: list[list[int]], length: int, *, batch: int = 32,
+              seed: int = 0) -> Int[np.ndarray, "R T"]:
+    """Text that the model writes itself (temperature 1) after short openings: calibration text where there is little.
+
+    It covers what the model knows of a language rather than one kind of document. Returns rows of ``length`` tokens,
+    the opening included. Unroll the model first: it decodes faster.
+    """
+    out = []
+    for start in range(0, len(openings), batch):
+        part = openings[start:start + batch]
+        rows = generate(model, part, length - min(map(len, part)), sampling=Sampling(temperature=1.0),
+                        seed=seed + start, stop_ids=())
+        out += [(opening + row)[:length] for opening, row in zip(part, rows, strict=True)]
+    return np.asarray(out, np.int32)
 
 
 class _Part(NamedTuple):

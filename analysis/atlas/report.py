@@ -18,9 +18,9 @@ LIMITS = """
 - SmolLM2 is an English-centred model of 135 million parameters; of many languages here it has seen little, and the
   weights are the 4-bit (Q4_1) ones, de-quantised. Nothing here says that larger or other models behave alike.
 - The texts are messages of a web framework: short, technical, similar in content. Genealogy, script and shared tokens
-  are hard to tell apart; the partial Mantel test says how much is left of genealogy when the other two are accounted for.
+  are hard to tell apart; the partial Mantel test says how much is left of genealogy when the others are accounted for.
 - An expert here is a group of 32 neurons that was cut out afterwards; the model was not trained with experts.
-- Contribution |h|·‖down‖ is an upper bound of what a neuron adds, not a causal effect; the switching-off tables are causal.
+- Contribution |h|·‖down‖ is an upper bound of what a neuron adds, not a causal effect; the switching-off tables are.
 - Times are of this machine and this run; they are ratios to the dense model timed in turn.
 """
 
@@ -144,12 +144,20 @@ def _lape(report, data, languages, config, results) -> None:
                   "layer.", name="lape", alt="Language neurons by language and layer",
                   data=[{"language": n, "neurons": int(v)} for n, v in
                         zip(names, data["language"].sum((1, 2)), strict=True)])
-    report.figure(figures.change_matrix(data["change"], panel, panel), "Rise of the loss (nats a token) of the "
+    report.figure(figures.change_matrix(data["change"][0], panel, panel), "Rise of the loss (nats a token) of the "
                   "language in the column when the row's neurons are zero.", name="lape-matrix",
                   alt="Perplexity-change matrix",
                   data=[{"neurons of": a, **dict(zip(panel, map(float, row), strict=True))}
-                        for a, row in zip(panel, data["change"], strict=True)])
+                        for a, row in zip(panel, data["change"][0], strict=True)])
     random = results.get("lape_random_diagonal")
+    modes = config["prune"]["interventions"]
+    if len(modes) > 1:
+        diagonal = np.eye(len(panel), dtype=bool)
+        report.table([{"neurons set to": mode, "own language": float(c[diagonal].mean()),
+                       "other languages": float(c[~diagonal].mean())} for mode, c in
+                      zip(modes, data["change"], strict=True)],
+                     caption="Mean rise of the loss, nats a token, by what the neurons are set to.",
+                     name="interventions")
     report.text(f"Own language {results['lape_diagonal']:+.3f}, others {results['lape_off_diagonal']:+.3f}; in "
                 f"{results['lape_rows_largest_on_diagonal']} of {len(panel)} rows the language itself suffers most."
                 + (f" As many random neurons in each layer: {random:+.3f}." if random is not None else ""))

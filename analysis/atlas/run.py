@@ -75,8 +75,8 @@ def split_layers(model, cfg: AtlasConfig, folder) -> tuple[np.ndarray, int]:
     key = hashlib.sha256(json.dumps([cfg.model, dataclasses.asdict(cfg.split), cfg.seed]).encode()).hexdigest()[:12]
     found = folder.load_npz(f"cache/split-{key}")
     if found is None:
-        options = dict(method=cfg.split.method, vector=cfg.split.vector, restarts=cfg.split.restarts,
-                       expert_size=cfg.split.expert_size)
+        options = {"method": cfg.split.method, "vector": cfg.split.vector, "restarts": cfg.split.restarts,
+                   "expert_size": cfg.split.expert_size}
         splits = []
         layers = ffn_layers(model)
         with folder.progress(len(layers), "splitting layers") as advance:

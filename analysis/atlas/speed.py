@@ -62,9 +62,9 @@ def _rows(phase: str, tokens: int, times: dict[float, list[float]]) -> list[dict
         speedup = float(np.median(np.asarray(times[1.0]) / np.asarray(times[share])))
         rows.append({
             "phase": phase, "share": share, "tokens": tokens, "ms": 1e3 * typical[share],
-            "ms_p10": 1e3 * float(np.quantile(times[share], 0.1)), "ms_p90": 1e3 * float(np.quantile(times[share], 0.9)),
-            "tokens_per_second": tokens / typical[share], "speedup": speedup, "ceiling": ceiling,
-            "of_ceiling": speedup / ceiling, "phi": phi})
+            "ms_p10": 1e3 * float(np.quantile(times[share], 0.1)),
+            "ms_p90": 1e3 * float(np.quantile(times[share], 0.9)), "tokens_per_second": tokens / typical[share],
+            "speedup": speedup, "ceiling": ceiling, "of_ceiling": speedup / ceiling, "phi": phi})
     return rows
 
 

@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 
+from analysis.activations import pick_taps
 from analysis.atlas import classes, families, similarity
-from analysis.atlas.collect import expert_k
+from analysis.atlas.collect import batches, expert_k
 from analysis.atlas.intervals import excess
 from analysis.atlas.lape import change_summary, lape, random_like
 from analysis.atlas.pruning import BEST, MAIN, Scores, mask_of, plan
 from analysis.atlas.quality import Scorer, Texts
-from analysis.atlas.repair import sequential_refit
+from analysis.atlas.repair import Calibration, own_words, rank_neurons, sequential_refit
 from analysis.atlas.text import Rows, pack
 from jaxmodels.errors import UserError
-from jaxmodels.experts.models import with_down
+from jaxmodels.experts.models import unroll, with_down
+from jaxmodels.experts.recover import keep_cheapest
 from train.data.sources import text_source
 
 TESTED_FAMILIES = ("Romance", "Germanic", "Slavic")  # those that an English-centred model has seen most of
@@ -105,30 +107,37 @@ def lape_study(atlas: Any) -> None:
     codes = [lang.code for lang in atlas.languages]
     panel = atlas.panel
     dense = {lang.code: _dense(atlas, lang.parts["test"]) for lang in panel}
-    change = np.zeros((len(panel), len(panel)))
+    modes = cfg.prune.interventions
+    change = np.zeros((len(modes), len(panel), len(panel)))
     control = np.zeros((cfg.prune.lape_seeds, len(panel), len(panel)))
-    jobs = [(i, seed) for i in range(len(panel)) for seed in range(-1, cfg.prune.lape_seeds)]
+    constants = _constants(atlas, picked.picked) if len(modes) > 1 else {}
+    jobs = [(i, mode, None) for i in range(len(panel)) for mode in modes]
+    jobs += [(i, "zero", seed) for i in range(len(panel)) for seed in range(cfg.prune.lape_seeds)]
     with run.progress(len(jobs), "switching off language neurons") as advance:
-        for i, seed in jobs:
-            name = f"cache/lape/{panel[i].code}-{seed}"
+        for i, mode, seed in jobs:
+            name = f"cache/lape/{panel[i].code}-{mode}" + ("" if seed is None else f"-random{seed}")
             row = run.load_npz(name)
             if row is None:
                 neurons = picked.language[codes.index(panel[i].code)]
-                if seed >= 0:
+                if seed is not None:
                     neurons = random_like(neurons, seed)
-                # Random controls are read in the language itself and its neighbours' mean stands for the rest.
-                read = panel if seed < 0 else [panel[i], panel[(i + 1) % len(panel)]]
-                scores = {lang.code: atlas.scorer(lang.parts["test"], ~neurons).per_token for lang in read}
+                # A random control is read in the language itself and in one other.
+                read = panel if seed is None else [panel[i], panel[(i + 1) % len(panel)]]
+                add = np.where(neurons, constants[mode], 0) if mode != "zero" else None
+                scores = {lang.code: atlas.scorer(lang.parts["test"], ~neurons, add).per_token for lang in read}
                 row = {"change": np.asarray([scores.get(lang.code, np.nan) - dense[lang.code].per_token
                                              for lang in panel])}
                 run.save_npz(name, **row)
-            if seed < 0:
-                change[i] = row["change"]
+            if seed is None:
+                change[modes.index(mode), i] = row["change"]
             else:
                 control[seed, i] = row["change"]
             advance(1, panel[i].name)
             run.check_stop()
-    summary, random = change_summary(change), [change_summary(c) for c in control]
+    summaries, random = [change_summary(c) for c in change], [change_summary(c) for c in control]
+    summary = summaries[0]
+    for mode, other in zip(modes[1:], summaries[1:], strict=True):
+        run.write_results({f"lape_{mode}_diagonal": other.diagonal, f"lape_{mode}_off_diagonal": other.off_diagonal})
     run.write_results({
         "lape_neurons": int(picked.picked.sum()), "lape_diagonal": summary.diagonal,
         "lape_off_diagonal": summary.off_diagonal, "lape_ratio": summary.ratio,
@@ -136,6 +145,25 @@ def lape_study(atlas: Any) -> None:
         "lape_random_diagonal": float(np.mean([s.diagonal for s in random])) if random else None})
     run.save_npz("lape", picked=picked.picked, language=picked.language, entropy=picked.entropy, change=change,
                  control=control)
+
+
+def _constants(atlas: Any, picked: np.ndarray) -> dict[str, np.ndarray]:
+    """float32[L, F]: mean, 10th and 90th percentile of h of the picked neurons over the panel's selection texts."""
+    most = int(picked.sum(1).max())
+    index = np.argsort(~picked, axis=1, kind="stable")[:, :most]  # the picked ones first
+    taps, values = pick_taps(index), []
+    for lang in atlas.panel:
+        for tokens, mask, _ in batches(lang.parts["selection"], atlas.cfg.text.batch):
+            _, aux = atlas.model(tokens, mask=mask, taps=taps, logits="none")
+            counted = mask & (np.arange(mask.shape[1]) >= atlas.cfg.text.skip)
+            values.append(np.asarray(aux["ffn.hidden"])[:, counted])
+    h = np.concatenate(values, axis=1)  # [L, tokens, M]
+    found = {"mean": h.mean(1), "p10": np.quantile(h, 0.1, axis=1), "p90": np.quantile(h, 0.9, axis=1)}
+    out = {}
+    for name, value in found.items():
+        out[name] = np.zeros(picked.shape, np.float32)
+        np.put_along_axis(out[name], index, value.astype(np.float32), 1)
+    return out
 
 
 def _dense(atlas: Any, rows: Rows) -> Texts:
@@ -243,15 +271,36 @@ def recovery(atlas: Any) -> None:
     _write_rows(atlas, "recovery", rows)
 
 
-def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -> dict[str, np.ndarray]:
-    counts = np.full(atlas.model.cfg.num_layers, round(share * atlas.perm.shape[1]))
+def _calibration(atlas: Any, lang: Any) -> Calibration:
+    """The language's analysis and selection texts, and what the model writes after their openings."""
+    cfg, window = atlas.cfg, atlas.cfg.text.window
     parts = [lang.parts[name] for name in ("analysis", "selection")]
-    tokens = np.concatenate([p.tokens for p in parts])
-    mask = np.concatenate([p.mask for p in parts])
-    limit = max(1, atlas.cfg.prune.refit_tokens // tokens.shape[1])
-    repair = sequential_refit(atlas.model, tokens[:limit], mask[:limit], counts, advance=advance)
-    dense, masked = _dense(atlas, test), atlas.scorer(test, repair.keep)
-    repaired = Scorer(with_down(atlas.model, repair.down, repair.bias))(test, repair.keep)
+    tokens, mask = (np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "mask"))
+    limit = max(1, cfg.prune.refit_tokens // window)
+    tokens, mask = tokens[:limit], mask[:limit]
+    if count := cfg.prune.own_tokens // window:
+        name = f"cache/own_words/{lang.code}"
+        found = atlas.run.load_npz(name)
+        if found is None:
+            openings = [row[:8].tolist() for row in np.resize(tokens[mask.all(1)], (count, window))]
+            found = {"tokens": own_words(unroll(atlas.model), openings, window, seed=cfg.seed)}
+            atlas.run.save_npz(name, **found)
+        tokens = np.concatenate([tokens, found["tokens"]])
+        mask = np.concatenate([mask, np.ones(found["tokens"].shape, bool)])
+    return Calibration(atlas.model, tokens, mask)
+
+
+def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -> dict[str, np.ndarray]:
+    text = _calibration(atlas, lang)
+    ranking = atlas.run.load_npz(f"cache/ranking/{lang.code}")
+    if ranking is None:
+        order, cost = rank_neurons(text)
+        ranking = {"order": order, "cost": cost}
+        atlas.run.save_npz(f"cache/ranking/{lang.code}", **ranking)
+    keep = keep_cheapest(ranking["order"], ranking["cost"], share)
+    repair = sequential_refit(text, keep, advance=advance)
+    dense, masked = _dense(atlas, test), atlas.scorer(test, keep)
+    repaired = Scorer(with_down(atlas.model, repair.down, repair.bias))(test, keep)
     return {"dense": dense.nll, "masked": masked.nll, "repaired": repaired.nll, "tokens": dense.tokens,
             "residual": repair.residual}
 

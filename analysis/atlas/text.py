@@ -79,7 +79,8 @@ def pack(texts: Sequence[str], tokenizer: Any, window: int, tokens: int, separat
                 np.asarray(unit + [-1] * padding, np.int32).reshape(rows, window), np.asarray(size, np.int64))
 
 
-def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequence[str], seed: int) -> tuple[list[Language], list[tuple[str, int]]]:
+def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequence[str], seed: int
+            ) -> tuple[list[Language], list[tuple[str, int]]]:
     """Languages with enough text, most text first, and (code, tokens) of those that were left out for too little.
 
     Raises UserError when a language that was asked for, or one of the panel, has too little text, or none is left.
@@ -99,8 +100,9 @@ def prepare(texts: Sequence[LanguageText], tokenizer: Any, cfg: Any, panel: Sequ
             continue
         part = divide(len(text.texts), seed)
         chosen = [[t for t, p in zip(text.texts, part, strict=True) if p == i] for i in range(3)]
-        need = {"analysis": cfg.analysis_tokens, "selection": cfg.selection_tokens if text.code in panel else cfg.window,
-                "test": cfg.test_tokens if text.code in panel else cfg.window}
+        need = {"analysis": cfg.analysis_tokens, "selection": cfg.window, "test": cfg.window}
+        if text.code in panel:
+            need |= {"selection": cfg.selection_tokens, "test": cfg.test_tokens}
         rows = {name: pack(part_texts, tokenizer, cfg.window, need[name])
                 for name, part_texts in zip(PARTS, chosen, strict=True)}
         have = rows["analysis"].count

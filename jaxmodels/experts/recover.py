@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.errors import UserError
 
@@ -116,35 +116,51 @@ def refit(stats: Moments, prior: Float[Any, "R D"], *, ridge: float = RIDGE) -> 
     return _finish(problem, _ridge(problem, np.asarray(prior, np.float64), ridge), 0.0)
 
 
-def select_neurons(
-    stats: Moments, down: Float[Any, "F D"], count: int, *, ridge: float = RIDGE, chunk: int = 48
-) -> Bool[np.ndarray, "F"]:
-    """The `count` neurons to keep when the others' output is to be refitted from them: backward elimination.
+def removal_order(
+    stats: Moments, down: Float[Any, "F D"], *, ridge: float = RIDGE, chunk: int = 48
+) -> tuple[Int[np.ndarray, "F"], Float[np.ndarray, "F"]]:
+    """In which order neurons can go when the others are refitted to replace them, and what each costs.
 
-    Dropping neuron j raises the squared error of the best refit by ||w_j||^2 / [S^-1]_jj (optimal brain surgeon,
+    Dropping neuron j raises the mean squared error of the best refit by ||w_j||^2 / [S^-1]_jj (optimal brain surgeon,
     Hassibi & Stork 1993, eq. 5, for D outputs at once), with w the rows refitted so far and S the centred second
     moments of the dense model's h. A neuron that others predict is cheap to drop however large it is. `chunk` neurons
-    go at a time; 1 is the exact greedy order.
+    go at a time; 1 is the exact greedy order. Returns (neurons, first to go first; cost of each in that order, made
+    non-decreasing).
     """
     n, x, xx, *_ = _float64(stats)
-    if not 0 < count <= len(x):
-        raise UserError(f"{count} neurons cannot be kept of {len(x)}; keep 1 to {len(x)}")
     mean = x / n
     system = xx / n - np.outer(mean, mean)
     system[np.diag_indices_from(system)] += ridge * max(np.trace(system) / len(x), np.finfo(float).tiny)
     inverse = scipy.linalg.inv(system, overwrite_a=True, check_finite=False)
     rows = np.array(down, np.float64)
-    alive = np.arange(len(x))
-    while len(alive) > count:
+    alive, order, costs = np.arange(len(x)), [], []
+    while len(alive):
         cost = (rows**2).sum(1) / np.diagonal(inverse)
-        drop = np.argsort(cost, kind="stable")[: min(chunk, len(alive) - count)]
+        drop = np.argsort(cost, kind="stable")[:chunk]
+        order.append(alive[drop])
+        costs.append(cost[drop])
         stay = np.setdiff1d(np.arange(len(alive)), drop)
         moved = scipy.linalg.solve(inverse[np.ix_(drop, drop)], inverse[np.ix_(drop, stay)], assume_a="pos").T
         rows = rows[stay] - moved @ rows[drop]
         inverse = inverse[np.ix_(stay, stay)] - moved @ inverse[np.ix_(drop, stay)]
         alive = alive[stay]
-    keep = np.zeros(len(x), bool)
-    keep[alive] = True
+    return np.concatenate(order).astype(np.int32), np.maximum.accumulate(np.concatenate(costs))
+
+
+def keep_cheapest(order: Int[Any, "L F"], cost: Float[Any, "L F"], share: float) -> Bool[np.ndarray, "L F"]:
+    """Drops what costs least over all layers together until `share` is left; each layer keeps at least 5 %.
+
+    Costs of different layers compare when the moments are weighted by the inverse size of the residual stream.
+    """
+    layers, width = np.shape(order)
+    floor = max(1, round(0.05 * width))
+    allowed = np.where(np.arange(width) < width - floor, cost, np.inf)  # the floor is never for sale
+    drop = round((1 - share) * layers * width)
+    if not 0 < share <= 1 or drop > layers * (width - floor):
+        raise UserError(f"share {share} of {width} neurons a layer cannot be kept; choose 0.05 to 1")
+    rank = np.argsort(np.argsort(allowed, axis=None, kind="stable"), kind="stable").reshape(layers, width)
+    keep = np.empty((layers, width), bool)
+    np.put_along_axis(keep, np.asarray(order), rank >= drop, 1)
     return keep
 
 
