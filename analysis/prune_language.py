@@ -48,7 +48,8 @@ def cut(model: Decoder, *, keep: np.ndarray | None = None, share: float | None =
     Args:
       keep: bool[L, E] of a split model or bool[L, F] of a dense one; else ``share`` and ``rows`` choose.
       repair: refit what is left to the whole model's activations on ``rows`` (analysis/atlas/repair.py). Of a dense
-        model without ``keep`` it also chooses the neurons: those that the others can replace least stay.
+        model without ``keep`` it also chooses the neurons: those that the others can replace least stay, ``share`` of
+        the whole model, so that layers get widths of their own.
 
     Raises UserError for shapes that do not fit, layers of unequal width, and repair of post-norm models.
     """

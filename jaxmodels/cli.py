@@ -65,10 +65,23 @@ def _dispatch(argv: list[str]) -> int:
         from train.runtime.config import did_you_mean
 
         raise UserError(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}")
-    add_arguments, command = COMMANDS[argv[0]]
+    parser = parser_of(argv[0])
+    if any(word in ("-h", "--help") for word in argv[1:]):
+        names = [word for word in argv[1:] if not word.startswith("-") and "=" not in word]
+        parser.print_help()
+        if argv[0] == "run" and names:
+            _print_keys(names[0], [word for word in argv[2:] if "=" in word and not word.startswith("-")])
+        return 0
+    # run's overrides may stand before and after --out; plain parse_args would refuse the second group
+    return COMMANDS[argv[0]][1](parser.parse_intermixed_args(argv[1:])) or 0
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of one command's arguments."""
+    add_arguments, command = COMMANDS[name]
     line, _, rest = (command.__doc__ or "").partition("\n")
     parser = Parser(
-        prog=f"jaxmodels {argv[0]}",
+        prog=f"jaxmodels {name}",
         description=line,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,14 +91,7 @@ def _dispatch(argv: list[str]) -> int:
     add_arguments(parser)
     parser.add_argument("-h", "--help", action="store_true", help="this page")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if any(word in ("-h", "--help") for word in argv[1:]):
-        names = [word for word in argv[1:] if not word.startswith("-") and "=" not in word]
-        parser.print_help()
-        if argv[0] == "run" and names:
-            _print_keys(names[0], [word for word in argv[2:] if "=" in word and not word.startswith("-")])
-        return 0
-    # run's overrides may stand before and after --out; plain parse_args would refuse the second group
-    return command(parser.parse_intermixed_args(argv[1:])) or 0
+    return parser
 
 
 # Experiments
@@ -140,21 +146,31 @@ def command_run(arguments: argparse.Namespace) -> int:
 
 
 def _report_arguments(parser: Parser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; several are compared in one report")
+    parser.add_argument("--out", metavar="FILE", help="page of a comparison (default: comparison.html beside the runs)")
 
 
 def command_report(arguments: argparse.Namespace) -> int:
-    """Build the report of one or more runs again from what their folders hold; prints the paths."""
+    """Build the report of a run again from what its folder holds, or one that compares several; prints its path."""
     from train.runtime.files import read_json
 
-    _prepare_jax()
-    for directory in map(Path, arguments.runs):
-        about = read_json(directory / "config.json") if directory.is_dir() else None
+    folders = [Path(run) for run in arguments.runs]
+    abouts = [read_json(folder / "config.json") if folder.is_dir() else None for folder in folders]
+    for folder, about in zip(folders, abouts, strict=True):
         if about is None:
-            raise UserError(f"{directory} is not a run folder: it has no config.json; see the folders in runs/")
-        if not (about.get("config") or {}).get("report"):
-            raise UserError(f"{directory}/config.json names no report; run the experiment again")
-        print(_build_report(directory, about["config"]["report"]))
+            raise UserError(f"{folder} is not a run folder: it has no config.json; see the folders in runs/")
+    _prepare_jax()
+    if len(folders) > 1:
+        from analysis.report.compare import build
+
+        print(build(folders, arguments.out or folders[0].absolute().parent / "comparison.html"))
+        return 0
+    if arguments.out:
+        raise UserError("--out is for comparing several runs; the report of one is written into its folder")
+    report = (abouts[0].get("config") or {}).get("report")
+    if not report:
+        raise UserError(f"{folders[0]}/config.json names no report; run the experiment again")
+    print(_build_report(folders[0], report))
     return 0
 
 
@@ -171,64 +187,182 @@ def _build_report(directory: Path, function: str) -> Path:
 # Models
 
 
+def _model_arguments(parser: Parser, what: str) -> None:
+    parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("--allow-download", action="store_true", help="fetch MODEL (org/name) from its public home")
+    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+
+
 def _split_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf or .safetensors file, or name")
+    _model_arguments(parser, "folder, .gguf or .safetensors file, or name")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
-    parser.add_argument("--expert-size", type=int, default=32, metavar="S", help="neurons an expert (default 32)")
-    parser.add_argument("--method", default="kmeans", help="kmeans (default), random, ...")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--expert-size", type=int, metavar="S", help="neurons of an expert (default 32)")
+    sizes.add_argument("--num-experts", type=int, metavar="E", help="experts of a layer")
+    parser.add_argument("--pad", action="store_true", help="append zero neurons where sizes do not divide")
+    parser.add_argument("--method", default="kmeans",
+                        help="kmeans (default), coactivation, markers, importance or random")
+    parser.add_argument("--vector", default="gate", help="what stands for a neuron: gate (default), up or concat")
+    parser.add_argument("--text", metavar="SOURCE[:LANG,LANG]", help="text for coactivation, markers (default gettext) "
+                        "and importance (a cluster of experts for each language)")
+    parser.add_argument("--shared", type=int, default=0, metavar="N", help="always-on experts (markers, importance)")
+    parser.add_argument("--router", default="all", help="all (default: exact), similarity, linear, mlp, markers, "
+                        "oracle or random")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token, for every router but all")
+    parser.add_argument("--block", type=int, default=1, metavar="T", help="neighbouring tokens routed together")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def command_split(arguments: argparse.Namespace) -> int:
     """Split every feed-forward layer of a model into experts and save it; with all experts on it computes the same.
 
-    Methods that need statistics of activations or gradients run inside an experiment, which measures them.
+    Texts are named as in an atlas (gettext, udhr, path:DIR ...), with languages after a colon: gettext:de,fr.
     """
-    out = _new_folder(arguments.out)
     _prepare_jax()
-    import jaxmodels
+    from jaxmodels.decoder.config import ROUTERS
+    from jaxmodels.experts.split import METHODS, VECTORS
 
-    model = jaxmodels.load(arguments.model)
-    expert_model, _ = jaxmodels.split(
-        model, expert_size=arguments.expert_size, method=arguments.method, seed=arguments.seed
-    )
-    jaxmodels.save(expert_model, out)
-    print(out)
+    routers = [router for router in ROUTERS if router != "softmax"]  # that one is trained
+    for option, choices in (("method", METHODS), ("vector", VECTORS), ("router", routers)):
+        _check_choice(option, getattr(arguments, option), choices)
+    reads_text = arguments.method in ("coactivation", "markers", "importance")
+    if arguments.text and not reads_text:
+        raise UserError(f"--method {arguments.method} reads no text; leave --text out")
+    if arguments.method == "importance" and not arguments.text:
+        raise UserError("--method importance needs the languages to cluster by: --text gettext:en,fr,ru")
+    if arguments.top_k is not None and arguments.router == "all":
+        raise UserError("--top-k needs a --router that chooses: similarity, linear, mlp, markers, oracle or random")
+    out = _new_folder(arguments.out)
+    import jaxmodels
+    from train.runtime.progress import progress
+
+    size = 32 if arguments.num_experts is None and arguments.expert_size is None else arguments.expert_size
+    model, tokenizer = _load(arguments, needs_tokenizer=reads_text)
+    statistics = _split_statistics(arguments, model, tokenizer) if reads_text else {}
+    with progress(model.cfg.num_layers, "splitting layers") as advance:
+        expert_model, _ = jaxmodels.split(
+            model, expert_size=size, num_experts=arguments.num_experts, pad=arguments.pad, method=arguments.method,
+            vector=arguments.vector, num_shared=arguments.shared, router=arguments.router, top_k=arguments.top_k,
+            block=arguments.block, seed=arguments.seed, progress=lambda done, total: advance(), **statistics
+        )  # fmt: skip
+    print(_save(expert_model, out, tokenizer, arguments.model))
     return 0
+
+
+def _split_statistics(arguments: argparse.Namespace, model, tokenizer) -> dict[str, list]:
+    """What coactivation, markers (inputs of each layer) and importance (gradients) need, measured on text."""
+    from analysis.statistics import ffn_inputs, neuron_importance, read_rows, split_name
+
+    text = arguments.text or "gettext"
+    if arguments.method != "importance":
+        return {"activations": ffn_inputs(model, list(read_rows(text, tokenizer, 2000).values()))}
+    languages = split_name(text)[1]
+    if not languages:
+        raise UserError(f"--text {text} names no languages; importance clusters by them: --text {text}:en,fr,ru")
+    return {"importance": neuron_importance(model, list(read_rows(text, tokenizer, 1000 * len(languages)).values()))}
 
 
 def _prune_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a split model (jaxmodels split)")
-    parser.add_argument("--keep", metavar="FILE", required=True, help=".npy or .npz: bool[L, E], experts to keep")
+    _model_arguments(parser, "a model, dense or split (jaxmodels split)")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument("--keep", metavar="FILE", help=".npy or .npz: bool[layers, experts] of a split model, "
+                        "bool[layers, neurons] of a dense one")
+    parser.add_argument("--language", metavar="CODE", help="keep what this language uses most (and repair with it)")
+    parser.add_argument("--share", type=float, metavar="P", help="share of the feed-forward layers to keep (0.5)")
+    parser.add_argument("--text", metavar="SOURCE", default="gettext", help="text of the language (default gettext)")
+    parser.add_argument("--repair", action="store_true", help="refit what is left to the whole model's activations")
 
 
 def command_prune(arguments: argparse.Namespace) -> int:
-    """Keep only some experts of a split model: saves a dense model with smaller feed-forward layers."""
-    import numpy as np
+    """Keep a part of every feed-forward layer: saves a smaller dense model.
 
+    Either --keep FILE says what stays, or --language and --share choose: the experts (neurons, of a model that is not
+    split) with the highest mean contribution on text of the language. With --repair, which needs --language, the rest
+    is refitted to stand in for what is gone; of a dense model it then also chooses the neurons (those that the others
+    can replace least), and layers get widths of their own.
+    """
+    if arguments.keep is not None and arguments.share is not None:
+        raise UserError("--keep says what stays; leave --share out")
+    if arguments.keep is None and arguments.language is None:
+        raise UserError("nothing says what to keep; give --keep FILE, or --language CODE --share 0.5")
+    if arguments.keep is not None and bool(arguments.language) != arguments.repair:
+        raise UserError("with --keep, --language and --repair go together: the language's text is what repairs")
+    share = 0.5 if arguments.share is None else arguments.share
+    if not 0 < share <= 1:
+        raise UserError(f"--share {share:g}: it must be above 0 and at most 1")
+    keep = None if arguments.keep is None else _read_keep(arguments.keep)
     out = _new_folder(arguments.out)
-    try:
-        keep = np.load(arguments.keep, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {arguments.keep} as .npy or .npz: {error}") from error
-    if isinstance(keep, np.lib.npyio.NpzFile):
-        if len(keep.files) != 1:
-            raise UserError(f"{arguments.keep} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
-        keep = keep[keep.files[0]]
-    if keep.ndim != 2 or keep.dtype != bool:
-        raise UserError(f"{arguments.keep} holds {keep.dtype}{list(keep.shape)}; it must hold bool[layers, experts]")
     _prepare_jax()
-    import jaxmodels
+    from analysis.prune_language import cut
+    from train.runtime.progress import progress
 
-    jaxmodels.save(jaxmodels.prune(jaxmodels.load(arguments.model), keep), out)
-    print(out)
+    model, tokenizer = _load(arguments, needs_tokenizer=arguments.language is not None)
+    rows = None
+    if arguments.language is not None:
+        from analysis.statistics import read_rows
+
+        rows = read_rows(f"{arguments.text}:{arguments.language}", tokenizer, 16_384, least=256)
+        if len(rows) > 1:
+            raise UserError(f"--language {arguments.language} names {len(rows)} languages; name one")
+        (rows,) = rows.values()
+    passes = 2 if keep is None and model.cfg.experts is None else 1  # neurons are ranked first
+    steps = passes * model.cfg.num_layers
+    bar = progress(steps, "repairing layers") if arguments.repair else contextlib.nullcontext()
+    with bar as advance:
+        small = cut(model, keep=keep, share=share, rows=rows, repair=arguments.repair, advance=advance)
+    print(_save(small, out, tokenizer, arguments.model))
     return 0
 
 
+def _read_keep(path: str):
+    import numpy as np
+
+    try:
+        keep = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {path} as .npy or .npz: {error}") from error
+    if isinstance(keep, np.lib.npyio.NpzFile):
+        if len(keep.files) != 1:
+            raise UserError(f"{path} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
+        keep = keep[keep.files[0]]
+    if keep.ndim != 2 or keep.dtype != bool:
+        raise UserError(f"{path} holds {keep.dtype}{list(keep.shape)}; it must hold bool[layers, experts] or "
+                        "bool[layers, neurons]")  # fmt: skip
+    return keep
+
+
+def _load(arguments: argparse.Namespace, needs_tokenizer: bool):
+    """(model, tokenizer or None). The tokenizer first: a damaged one is reported before any work."""
+    import jaxmodels
+    from jaxmodels.hub.resolve import resolve
+    from jaxmodels.hub.tokenizer import has_tokenizer, load_tokenizer
+
+    path = resolve(arguments.model, arguments.allow_download)
+    tokenizer = load_tokenizer(path) if needs_tokenizer or has_tokenizer(path) else None
+    return jaxmodels.load(path, arguments.dtype), tokenizer
+
+
+def _save(model, out: Path, tokenizer, source: str) -> Path:
+    import jaxmodels
+
+    if tokenizer is None:
+        print(f"jaxmodels: {source} has no tokenizer, so {out} is written without one", file=sys.stderr)
+    jaxmodels.save(model, out, extra_files=tokenizer and tokenizer.files())
+    return out
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        from train.runtime.config import did_you_mean
+
+        raise UserError(f"--{option} {value!r} is unknown; {did_you_mean(value, choices)}")
+
+
 def _generate_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or name")
+    _model_arguments(parser, "folder, .gguf file or name")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; default: lines of stdin")
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, help="put each prompt into the model's chat "
+                        "template (default: where it has one)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
@@ -265,6 +399,9 @@ def command_generate(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        chat=arguments.chat,
+        dtype=arguments.dtype,
+        allow_download=arguments.allow_download,
     )
     for text in texts:
         print(text, flush=True)

@@ -19,7 +19,8 @@ from train.runtime.config import resolve, to_dict
 from train.runtime.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = {"en": "the of and file open user name error value list", "de": "der und Datei Benutzer Wert Fehler Liste öffnen",
+WORDS = {"en": "the of and file open user name error value list",
+         "de": "der und Datei Benutzer Wert Fehler Liste öffnen",
          "fr": "le et fichier valeur erreur liste utilisateur nom", "es": "el archivo valor lista usuario nombre y de"}
 SPEED = ("speed", "seconds")  # times differ from run to run
 
@@ -74,8 +75,8 @@ def test_what_a_run_leaves_behind(undisturbed):
                     "Keeping only a language", "Repairing a pruned model", "Speed", "Honest limits"):
         assert heading in page
     rows = np.load(out / "pruning.npz")
-    assert set(rows["scheme"]) >= {"frequency, adaptive", "contribution, uniform", "neuron frequency, uniform", "random",
-                                   "lowest frequency", "weight norm", "union of the panel"}
+    assert set(rows["scheme"]) >= {"frequency, adaptive", "contribution, uniform", "neuron frequency, uniform",
+                                   "random", "lowest frequency", "weight norm", "union of the panel"}
     kept = rows["kept"][rows["scheme"] == "contribution, uniform"]
     assert set(np.round(kept, 6)) == {0.5, 0.25}
 

@@ -52,6 +52,17 @@ def test_transformers_reads_a_split_and_an_evenly_pruned_model(tmp_path):
     assert np.abs(theirs - dense[mask]).max() > 0.1 * theirs.std()
 
 
+def test_transformers_reads_a_qwen3_moe_model_without_experts(tmp_path):
+    """Every layer dense: it must not build experts from its defaults."""
+    tokens, mask = make_golden.inputs()
+    made = make_golden.write_folder(tmp_path / "made", golden_config("qwen3_moe") | {"mlp_only_layers": [0, 1, 2]})
+    model = jaxmodels.load(made)
+    before, after = (make_golden.logits_of(folder, tokens, mask)[mask]
+                     for folder in (made, jaxmodels.save(model, tmp_path / "saved")))
+    assert np.array_equal(before, after)
+    assert np.abs(np.asarray(model(tokens, mask=mask)[0])[mask] - after).max() <= 2e-4 * after.std()
+
+
 def test_gradients_agree(tmp_path):
     """d loss / d parameter of both libraries, rtol = atol = 1e-3 (house_style.md section 18)."""
     import jax

@@ -21,6 +21,7 @@ from jaxmodels.decoder.model import Decoder, make_context
 from jaxmodels.errors import UserError
 from jaxmodels.experts import recover
 from jaxmodels.experts.models import ffn_layers
+from jaxmodels.layers.attention import NO_WINDOW
 from jaxmodels.taps import Taps
 
 PULL = 0.5  # measured on French and German, see docs/log.md
@@ -52,7 +53,10 @@ class Calibration:
     def run(self, layer: int, streams: list[jax.Array]) -> list["_Part"]:
         """Every batch through one layer."""
         graphdef, params = nnx.split(self.model.block(layer))
-        return [_run_block(graphdef, self.model.cfg, params, x, m) for x, m in zip(streams, self.masks, strict=True)]
+        windows = self.model.cfg.windows
+        window = None if windows is None else jnp.int32(windows[layer] or NO_WINDOW)
+        return [_run_block(graphdef, self.model.cfg, params, x, m, window)
+                for x, m in zip(streams, self.masks, strict=True)]
 
 
 def rank_neurons(text: Calibration, *, ridge: float = RIDGE,
@@ -123,10 +127,10 @@ class _Part(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_block(graphdef, cfg, params, x, mask) -> _Part:
+def _run_block(graphdef, cfg, params, x, mask, window) -> _Part:
     probe = Taps(record=("ffn.hidden", "ffn.output")).probe(mask)
     context, _ = make_context(cfg, mask)
-    out, _ = nnx.merge(graphdef, params)(x, context, probe)
+    out, _ = nnx.merge(graphdef, params)(x, context, probe, window)
     return _Part(out, out - probe.out["ffn.output"], probe.out["ffn.hidden"])
 
 

@@ -146,15 +146,16 @@ def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
 def _experts(family: str, hf: dict[str, Any], layers: int):
     if family not in ("mixtral", "qwen3_moe", "olmoe"):
         return None, None
+    step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or ())
+    sparse = tuple((i + 1) % step == 0 and i not in dense for i in range(layers)) if family == "qwen3_moe" else None
+    if sparse and not any(sparse):
+        return None, None
     count = hf.get("num_local_experts") or hf.get("num_experts")
     if not count:
         raise UserError(f"config.json of a {family} model has no num_experts; fetch the model's own config.json")
     renormalise = True if family == "mixtral" else bool(hf.get("norm_topk_prob", False))
     experts = ExpertConfig(num_experts=count, top_k=hf.get("num_experts_per_tok", 2), renormalise=renormalise)
-    step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or ())
-    if family != "qwen3_moe" or (step == 1 and not dense):
-        return experts, None
-    return experts, tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
+    return experts, None if sparse is None or all(sparse) else sparse
 
 
 def _rope(hf: dict[str, Any]) -> RopeConfig:
@@ -207,6 +208,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     family, experts = config.family, config.experts
     trained = experts is not None and experts.router == "softmax"
     split = experts is not None and not trained
+    if trained and not any(map(config.has_experts, range(config.num_layers))):
+        raise UserError("no layer of this configuration has experts; set experts and expert_layers to None")
     widths = tuple(w * experts.num_experts for w in config.ffn_widths) if split else config.ffn_widths
     rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
     if config.rope.kind != "default":
@@ -249,6 +252,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
             hf["moe_intermediate_size"] = config.ffn_widths[sparse.index(True)]
             hf["decoder_sparse_step"] = 1
             hf["mlp_only_layers"] = [i for i, s in enumerate(sparse) if not s]
+    elif family == "qwen3_moe":  # transformers builds experts where it is not told otherwise
+        hf["mlp_only_layers"] = list(range(config.num_layers))
     ours: dict[str, Any] = {}
     if split:
         ours["experts"] = {k: getattr(experts, k) for k in ("num_experts", "top_k", "router", "renormalise", "shared",

@@ -78,15 +78,17 @@ def stream(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
     stop = np.asarray(cfg.eos_ids if stop_ids is None else stop_ids, np.int32)
     B, T = tokens.shape
     graphdef, state = nnx.split(model)
+    weights, structure = jax.tree.flatten(state)
+    program = _Program((graphdef, structure, sampling))
     cache = Cache.empty(cfg, B, _round_up(T + max_new_tokens))
     key = jax.random.key(seed)
-    token, cache, key = _prefill(graphdef, sampling, state, tokens, mask, cache, key)
+    token, cache, key = _prefill(program, weights, tokens, mask, cache, key)
     done = np.zeros(B, bool)
     for step in range(max_new_tokens):
         # The next step is dispatched before this one's tokens are read: an accelerator never waits for the host.
         following = None
         if step + 1 < max_new_tokens:
-            following, cache, key = _decode(graphdef, sampling, state, token, cache, key)
+            following, cache, key = _decode(program, weights, token, cache, key)
         values = np.asarray(token)
         yield [None if d else int(v) for d, v in zip(done, values, strict=True)]
         done |= np.isin(values, stop)
@@ -95,18 +97,34 @@ def stream(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
         token = following
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _prefill(graphdef, sampling, state, tokens, mask, cache, key):
-    logits, _, cache = nnx.merge(graphdef, state).forward(tokens, mask=mask, cache=cache, logits="last")
-    key, now = jax.random.split(key)
-    return sampling.draw(logits[:, -1], now), cache, key
+class _Program:
+    """The static part of a step, hashed once: jit asks for the hash in every call, and a model's takes milliseconds."""
+
+    def __init__(self, parts: tuple):
+        self.parts, self._hash = parts, hash(parts)
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return self is other or self.parts == other.parts
+
+    def step(self, weights, tokens, cache, key, mask=None):
+        graphdef, structure, sampling = self.parts
+        model = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+        logits, _, cache = model.forward(tokens, mask=mask, cache=cache, logits="last")
+        key, now = jax.random.split(key)
+        return sampling.draw(logits[:, -1], now), cache, key
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(graphdef, sampling, state, token, cache, key):
-    logits, _, cache = nnx.merge(graphdef, state).forward(token[:, None], cache=cache, logits="last")
-    key, now = jax.random.split(key)
-    return sampling.draw(logits[:, -1], now), cache, key
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _prefill(program, weights, tokens, mask, cache, key):
+    return program.step(weights, tokens, cache, key, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(program, weights, token, cache, key):
+    return program.step(weights, token[:, None], cache, key)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

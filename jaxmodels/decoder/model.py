@@ -31,7 +31,9 @@ POINTS = ("embedding", "residual", "attention.query", "attention.key", "attentio
 class Cache:
     """Keys and values of the tokens seen so far.
 
-    keys, values: one array [n, B, K, S, H] for each group of layers. positions int32[B, S] and valid bool[B, S] of
+    keys, values: one array for each group of layers, [n, B·K, S, H], or [B·K, S, H] for a layer alone. (Any axis that
+    attention would have to drop or join makes XLA copy the array, up to five times a step, instead of writing one
+    slot.) positions int32[B, S] and valid bool[B, S] of
     the slots; index: int32[], the slot that the next token takes.
     """
 
@@ -44,7 +46,8 @@ class Cache:
     @classmethod
     def empty(cls, cfg: DecoderConfig, batch: int, length: int) -> "Cache":
         def zeros():
-            return tuple(jnp.zeros((stop - start, batch, cfg.num_kv_heads, length, cfg.head_dim), cfg.dtype)
+            shape = batch * cfg.num_kv_heads, length, cfg.head_dim
+            return tuple(jnp.zeros(shape if stop - start == 1 else (stop - start, *shape), cfg.dtype)
                          for start, stop in cfg.groups)
         return cls(zeros(), zeros(), jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), bool),
                    jnp.zeros((), jnp.int32))
@@ -178,18 +181,18 @@ def _run_group(group: Block, cfg, start, stop, x, context, taps, mask, cache):
     width, widest = cfg.ffn_widths[start], max(cfg.ffn_widths)
 
     def layer(x, sliced):
-        params, taps, window, cache = sliced
+        (params, taps, window), cache = sliced
         probe = taps.probe(mask, width, widest)
         x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
         return x, (probe.out, cache)
 
-    stacked = (params, taps, windows, cache)
+    stacked = (params, taps, windows)
     if stop - start == 1:
-        x, out = layer(x, jax.tree.map(lambda a: a[0], stacked))
+        x, (out, cache) = layer(x, (jax.tree.map(lambda a: a[0], stacked), cache))
         out = jax.tree.map(lambda a: a[None], out)
     else:
-        x, out = jax.lax.scan(layer, x, stacked)
-    return x, *out
+        x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache))
+    return x, out, cache
 
 
 def make_context(cfg: DecoderConfig, mask, positions=None, segments=None, cache=None):

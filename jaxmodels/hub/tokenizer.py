@@ -92,6 +92,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _from_folder(path if path.is_dir() else path.parent)
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether ``load_tokenizer`` finds one at a model's path; a damaged one counts."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    ggufs = [path] if path.suffix.lower() == ".gguf" else sorted(path.glob("*.gguf"))
+    if (folder / "tokenizer.json").exists() and path not in ggufs:
+        return True
+    if len(ggufs) != 1:
+        return False
+    from jaxmodels.hub.gguf_header import GgufFile
+
+    return "tokenizer.ggml.tokens" in GgufFile(ggufs[0]).metadata
+
+
 def _from_folder(folder: Path) -> Tokenizer:
     import tokenizers
 

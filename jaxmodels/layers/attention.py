@@ -57,7 +57,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, probe: Probe, window: jax.Array | None = None,
                  cache: tuple[jax.Array, jax.Array] | None = None):
-        """x [B, T, D] -> (y [B, T, D], cache). A cache is (keys, values), each [B, K, S, H], rotated already."""
+        """x [B, T, D] -> (y [B, T, D], cache). A cache is (keys, values), each [B·K, S, H], rotated already."""
         q = probe("attention.query", self._project(x, self.query, self.query_bias))
         k = probe("attention.key", self._project(x, self.key, self.key_bias))
         v = probe("attention.value", self._project(x, self.value, self.value_bias))
@@ -68,10 +68,8 @@ class Attention(nnx.Module):
         q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
-            start = (0, 0, context.write_at, 0)
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), start)
-            cache = (k, v)
+            cache = tuple(_write(old, new, context.write_at) for old, new in zip(cache, (k, v), strict=True))
+            k, v = (a.reshape(*k.shape[:2], *a.shape[1:]) for a in cache)
         allowed = context.allowed
         if window is not None:
             allowed &= context.distance < window
@@ -106,20 +104,39 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: 
     return jax.lax.platform_dependent(q, k, v, allowed, cpu=_attend_by_head, default=_attend_fused)
 
 
+def _write(cache, new, at):
+    """new [B, K, T, H] into the slots from ``at`` on of cache [B·K, S, H]."""
+    return jax.lax.dynamic_update_slice(cache, new.reshape(-1, *new.shape[2:]).astype(cache.dtype), (0, at, 0))
+
+
+def _by_key_head(q, k, v):
+    """q as [B·K, N/K, T, H], k and v as [B·K, S, H]: each key head beside the queries that share it."""
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
+    return q, k.reshape(B * K, -1, H), v.reshape(B * K, -1, H)
+
+
+def _by_token(y, B):
+    """[B·K, N/K, T, H] -> [B, T, N, H]."""
+    _, _, T, H = y.shape
+    return y.reshape(B, -1, T, H).swapaxes(1, 2)
+
+
 def _attend_plain(q, k, v, allowed, probe):
     B, T, N, H = q.shape
-    q = q.reshape(B, T, k.shape[1], -1, H)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H ** -0.5
-    p = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
-    p = probe("attention.probability", p.reshape(B, N, T, -1)).reshape(p.shape)
-    return jnp.einsum("bkgts,bksh->btkgh", p.astype(v.dtype), v).reshape(B, T, N, H)
+    K, S = k.shape[1:3]
+    q, k, v = _by_key_head(q, k, v)
+    scores = jnp.einsum("xgth,xsh->xgts", q, k, preferred_element_type=jnp.float32) * H ** -0.5
+    p = jax.nn.softmax(jnp.where(allowed[:, None], scores.reshape(B, N, T, S), _MASKED), axis=-1)
+    p = probe("attention.probability", p).reshape(B * K, N // K, T, S)
+    return _by_token(jnp.einsum("xgts,xsh->xgth", p.astype(v.dtype), v), B)
 
 
 def _attend_by_head(q, k, v, allowed):
-    B, T, N, H = q.shape
+    B, T, _, H = q.shape
     K, S = k.shape[1:3]
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
-    k, v = k.reshape(B * K, S, H), v.reshape(B * K, S, H)
+    q, k, v = _by_key_head(q, k, v)
 
     def one(i):
         return jnp.concatenate([block(i, start, min(start + _BLOCK, T)) for start in range(0, T, _BLOCK)], axis=1)
@@ -132,8 +149,7 @@ def _attend_by_head(q, k, v, allowed):
         y = jnp.einsum("gts,sh->gth", p.astype(v.dtype), v[i, :seen], preferred_element_type=jnp.float32)
         return (y / p.sum(-1, keepdims=True)).astype(v.dtype)
 
-    y = jax.lax.map(one, jnp.arange(B * K))
-    return y.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return _by_token(jax.lax.map(one, jnp.arange(B * K)), B)
 
 
 def _attend_fused(q, k, v, allowed):
