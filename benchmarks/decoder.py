@@ -135,7 +135,7 @@ def _verdict(what: str, ratio: float) -> dict:
 def _agreement(what: str, ours: np.ndarray, theirs: np.ndarray) -> dict:
     """That both did the same work: an answer that differs would make the ratio worthless."""
     if ours.shape != theirs.shape:
-        raise RuntimeError(f"{what}: shapes {ours.shape} and {theirs.shape} differ, so the two did not do the same work")
+        raise RuntimeError(f"{what}: shapes {ours.shape} and {theirs.shape} differ: the two did not do the same work")
     if what == "forward":
         return {"largest_difference_in_std": float(np.abs(ours - theirs).max() / theirs.std())}
     return {"equal_tokens": float((ours == theirs).mean())}

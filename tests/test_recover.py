@@ -136,7 +136,7 @@ def test_dead_neurons_do_not_break_the_solve():
 def test_errors():
     h, w, b = activations()
     stats = recover.moments(jnp.asarray(h))
-    with pytest.raises(UserError, match="0 tokens"):
+    with pytest.raises(UserError, match="no tokens"):
         recover.refit_down(recover.zero_moments(F), w, b, KEEP)
     with pytest.raises(UserError, match="above 0"):
         recover.refit_down(stats, w, b, KEEP, ridge=0.0)
@@ -151,3 +151,50 @@ def test_errors():
         recover.refit_down(stats, w[:5], b, KEEP)
     with pytest.raises(UserError, match="prior"):
         recover.refit(stats, w)
+
+
+def test_weights_count_tokens_several_times():
+    h, _, _ = activations()
+    times = np.arange(len(h)) % 3
+    weighted = recover.moments(jnp.asarray(h), weight=jnp.asarray(times, jnp.float32))
+    repeated = recover.moments(jnp.asarray(np.repeat(h, times, axis=0)))
+    for a, b in zip(weighted, repeated, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_removal_order_is_backward_elimination():
+    """Against brute force: at every step the neuron goes whose loss the best refit of the others repairs most."""
+    rng = np.random.default_rng(3)
+    h = rng.normal(size=(400, 8)) @ rng.normal(size=(8, 8))
+    w = rng.normal(size=(8, 5))
+    order, cost = recover.removal_order(recover.moments(jnp.asarray(h)), w, ridge=1e-9, chunk=1)
+    target, alive, expected = (h - h.mean(0)) @ w, list(range(8)), []
+
+    def left(kept):
+        x = h[:, kept] - h[:, kept].mean(0)
+        return ((target - x @ np.linalg.lstsq(x, target, rcond=None)[0]) ** 2).sum() if kept else (target**2).sum()
+
+    while alive:
+        errors = [left([k for k in alive if k != j]) for j in alive]
+        expected.append(alive.pop(int(np.argmin(errors))))
+    assert order.tolist() == expected
+    assert (np.diff(cost) >= 0).all()
+
+
+def test_a_copied_neuron_is_free_to_drop():
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(300, 6))
+    h[:, 4] = 2 * h[:, 1]
+    w = 10 * rng.normal(size=(6, 3))
+    order, cost = recover.removal_order(recover.moments(jnp.asarray(h)), w, ridge=1e-6, chunk=1)
+    assert order[0] in (1, 4) and cost[0] < 1e-3 * cost[1]
+
+
+def test_keep_cheapest_spends_the_budget_where_it_is_cheap():
+    order = np.tile(np.arange(40), (2, 1))
+    cost = np.stack([np.arange(40.0), 100 + np.arange(40.0)])  # everything in layer 0 is cheaper than in layer 1
+    keep = recover.keep_cheapest(order, cost, 0.75)
+    assert keep.sum() == 60 and keep[0].sum() == 20 and keep[1].all() and keep[0, 20:].all()
+    assert recover.keep_cheapest(order, cost, 0.3)[0].sum() == 2  # the floor: 5 % of 40
+    with pytest.raises(UserError, match="share 0.01"):
+        recover.keep_cheapest(order, cost, 0.01)

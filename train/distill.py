@@ -45,13 +45,14 @@ def distill(student: Decoder, targets: Targets, tokens: Int[np.ndarray, "R T"], 
             seed: int = 0, advance: Callable[..., None] = lambda *_: None) -> tuple[Decoder, list[float]]:
     """Minimises KL(teacher ‖ student) over the teacher's top tokens and the mass of all others.
 
-    The learning rate falls linearly to zero over ``steps`` after a short warm-up. ``minutes`` is a limit: a slow
+    The learning rate falls along a cosine over ``steps`` after a short warm-up. ``minutes`` is a limit: a slow
     machine ends early, its rate not yet at zero. Returns (student, loss of every step).
     Raises UserError when the loss is not finite.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 20), steps, learning_rate * 0.05)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, max(steps, 2), learning_rate * 0.05)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay))
     graphdef, params = nnx.split(student)
+    params = jax.tree.map(jnp.copy, params)  # the steps donate their buffers; the caller's model stays whole
     state = (params, optimizer.init(params))
     step_of = _step(graphdef, optimizer)
     order = np.random.default_rng(seed)
