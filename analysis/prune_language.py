@@ -37,7 +37,7 @@ def by_contribution(model: Decoder, rows: Rows, share: float) -> np.ndarray:
     counts = activity(dense, rows, order, down_norms(dense), cfg, experts or 1)
     k = next(int(name.rpartition("_")[2]) for name in counts if name.startswith("expert_top_"))
     scores = Scores.of(counts, order, experts or 1, k)
-    keep = mask_of("contribution, uniform" if experts else "neuron contribution, uniform", scores, share, order)
+    keep = mask_of("contribution uniform" if experts else "neuron contribution uniform", scores, share, order)
     return keep.reshape(layers, experts, -1)[..., 0] if experts else keep
 
 

@@ -20,6 +20,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "split.restarts": 1,
         "profile.neurons": False, "profile.permutations": 2000,
         "prune.shares": (0.75, 0.5), "prune.others": 1, "prune.random_seeds": 1, "prune.bootstrap": 500,
+        "prune.rules": ("frequency adaptive", "frequency uniform", "contribution uniform",
+                        "neuron contribution uniform", "lowest frequency"),
         "prune.interventions": ("zero",), "prune.lape_seeds": 1,
         "prune.repair_languages": 1, "prune.repair_shares": (0.75,), "prune.refit_tokens": 3072,
         "prune.own_tokens": 0,

@@ -75,9 +75,9 @@ def test_what_a_run_leaves_behind(undisturbed):
                     "Keeping only a language", "Repairing a pruned model", "Speed", "Honest limits"):
         assert heading in page
     rows = np.load(out / "pruning.npz")
-    assert set(rows["scheme"]) >= {"frequency, adaptive", "contribution, uniform", "neuron frequency, uniform",
+    assert set(rows["scheme"]) >= {"frequency adaptive", "contribution uniform", "neuron frequency uniform",
                                    "random", "lowest frequency", "weight norm", "union of the panel"}
-    kept = rows["kept"][rows["scheme"] == "contribution, uniform"]
+    kept = rows["kept"][rows["scheme"] == "contribution uniform"]
     assert set(np.round(kept, 6)) == {0.5, 0.25}
 
 

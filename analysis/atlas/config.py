@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from analysis.atlas.pruning import BEST, MAIN, RULES
 from jaxmodels.errors import UserError
 
 
@@ -50,6 +51,7 @@ class PruneConfig:
     panel: tuple[str, ...] = ("en", "de", "fr", "es", "ru", "pl", "tr", "id")  # languages of the tables
     others: int = 3  # each language's list is also scored on this many other panel languages
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)  # share of the feed-forward layers that is kept
+    rules: tuple[str, ...] = RULES  # how the kept parts are chosen; random comes on top
     random_seeds: int = 5
     lape_seeds: int = 5  # random controls of the intervention matrix
     interventions: tuple[str, ...] = ("zero", "mean", "p10", "p90")  # what language neurons are set to
@@ -94,6 +96,10 @@ class AtlasConfig:
                              ("speed.shares", self.speed.shares)):
             if not shares or not all(0 < s <= 1 for s in shares):
                 raise UserError(f"{name} {list(shares)} must be numbers above 0 and at most 1")
+        if unknown := sorted(set(self.prune.rules) - set(RULES)):
+            raise UserError(f"prune.rules has {unknown[0]!r}; choose from {'; '.join(RULES)}")
+        if not {MAIN, BEST} <= set(self.prune.rules):
+            raise UserError(f"prune.rules must hold {MAIN!r} and {BEST!r}, which the tables compare")
         if unknown := sorted(set(self.prune.interventions) - {"zero", "mean", "p10", "p90"}):
             raise UserError(f"prune.interventions has {unknown[0]!r}; choose from zero, mean, p10, p90")
         if self.prune.interventions[:1] != ("zero",):

@@ -45,17 +45,18 @@ def to_neurons(keep: np.ndarray, perm: np.ndarray) -> np.ndarray:
 
 # name -> (score, rule). ``contribution`` rules are the default of jaxmodels: frequency misses rare, huge neurons.
 SCHEMES = {
-    "frequency, adaptive": ("frequency", "adaptive"),
-    "frequency, uniform": ("frequency", "uniform"),
-    "frequency, global": ("frequency", "global"),
-    "contribution, adaptive": ("contribution", "adaptive"),
-    "contribution, uniform": ("contribution", "uniform"),
-    "deviation, uniform": ("deviation", "uniform"),
-    "neuron frequency, uniform": ("neuron_frequency", "uniform"),
-    "neuron contribution, uniform": ("neuron_contribution", "uniform"),
+    "frequency adaptive": ("frequency", "adaptive"),
+    "frequency uniform": ("frequency", "uniform"),
+    "frequency global": ("frequency", "global"),
+    "contribution adaptive": ("contribution", "adaptive"),
+    "contribution uniform": ("contribution", "uniform"),
+    "deviation uniform": ("deviation", "uniform"),
+    "neuron frequency uniform": ("neuron_frequency", "uniform"),
+    "neuron contribution uniform": ("neuron_contribution", "uniform"),
 }
 CONTROLS = ("lowest frequency", "weight norm", "union of the panel")
-MAIN, BEST = "frequency, adaptive", "contribution, uniform"
+RULES = (*SCHEMES, *CONTROLS)
+MAIN, BEST = "frequency adaptive", "contribution uniform"
 
 
 def mask_of(scheme: str, scores: Scores, share: float, perm: np.ndarray, *, panel: list[Scores] | None = None,
@@ -95,7 +96,7 @@ def plan(cfg: Any, language: str, panel: tuple[str, ...]) -> list[tuple[str, flo
     others = [panel[(at + i) % len(panel)] for i in range(1, len(panel))][:cfg.others]
     jobs = []
     for share in cfg.shares:
-        jobs += [(scheme, share, 0, language) for scheme in (*SCHEMES, *CONTROLS)]
+        jobs += [(scheme, share, 0, language) for scheme in cfg.rules]
         jobs += [("random", share, seed, language) for seed in range(cfg.random_seeds)]
         jobs += [(scheme, share, 0, other) for scheme in (MAIN, BEST) for other in others]
     return jobs

@@ -174,7 +174,7 @@ def _pruning(report, rows, results) -> None:
         found = [r for r in chosen if r["scheme"] == scheme and r["share"] == share]
         return Interval(*(float(np.mean([r[k] for r in found])) for k in ("excess", "low", "high")))
 
-    drawn = [s for s in (MAIN, BEST, "neuron contribution, uniform", "random", "lowest frequency") if s in schemes]
+    drawn = [s for s in (MAIN, BEST, "neuron contribution uniform", "random", "lowest frequency") if s in schemes]
     report.figure(figures.quality_curves([100 * s for s in shares],
                                          {s: [mean(s, share, own) for share in shares] for s in drawn}, log=True),
                   "Loss against the kept share of the feed-forward layers.", name="quality",

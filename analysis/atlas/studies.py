@@ -225,7 +225,7 @@ def _pruning_results(atlas: Any, rows: list[dict[str, Any]]) -> None:
         own = [r for r in rows if r["share"] == share and r["language"] == r["test"]]
         for scheme in dict.fromkeys(r["scheme"] for r in own):
             values = [r["excess"] for r in own if r["scheme"] == scheme]
-            results[f"excess_{scheme.replace(',', '').replace(' ', '_')}_{share:g}"] = float(np.mean(values))
+            results[f"excess_{scheme.replace(' ', '_')}_{share:g}"] = float(np.mean(values))
         wins = 0
         for lang in atlas.panel:
             best = [r for r in own if r["language"] == lang.code and r["scheme"] == MAIN]
@@ -236,7 +236,7 @@ def _pruning_results(atlas: Any, rows: list[dict[str, Any]]) -> None:
             other = [r["excess"] for r in rows if r["share"] == share and r["scheme"] == scheme
                      and r["language"] != r["test"]]
             if other:
-                results[f"excess_other_{scheme.replace(',', '').replace(' ', '_')}_{share:g}"] = float(np.mean(other))
+                results[f"excess_other_{scheme.replace(' ', '_')}_{share:g}"] = float(np.mean(other))
     atlas.run.write_results(results)
 
 

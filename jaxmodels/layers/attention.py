@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.layers.linear import linear
 from jaxmodels.layers.norms import RMSNorm
 from jaxmodels.layers.param import param
 from jaxmodels.layers.rotary import rotate
@@ -74,17 +75,15 @@ class Attention(nnx.Module):
         if window is not None:
             allowed &= context.distance < window
         y = attend(q, k, v, allowed, probe)
-        # One contracted axis: with two of them (nh) XLA transposes both factors in every call.
-        y = y.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype).reshape(-1, x.shape[-1])
-        if self.out_bias is not None:
-            y = y + self.out_bias[...].astype(x.dtype)
+        # One contracted axis: with two of them (N and H) XLA transposes both factors in every call.
+        bias = None if self.out_bias is None else self.out_bias[...]
+        y = linear(y.reshape(*x.shape[:2], -1), self.out[...].reshape(-1, x.shape[-1]), bias)
         return probe("attention.output", y), cache
 
     def _project(self, x, weight, bias):
-        y = jnp.einsum("btd,dnh->btnh", x, weight[...].astype(x.dtype))
-        if bias is not None:
-            y = y + bias[...].astype(x.dtype)
-        return y
+        D, *heads = weight.shape
+        bias = None if bias is None else bias[...].reshape(-1)
+        return linear(x, weight[...].reshape(D, -1), bias).reshape(*x.shape[:2], *heads)
 
     def _normalise(self, x, norm):
         flat = x.reshape(*x.shape[:2], -1) if self.qk_norm == "full" else x

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.layers.linear import linear
 from jaxmodels.layers.param import param
 from jaxmodels.taps import Probe
 
@@ -37,15 +38,14 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, probe: Probe) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         activation = ACTIVATIONS[self.activation]
-        up = probe("ffn.up", _affine(x, self.up, self.up_bias))
+        up = probe("ffn.up", self._linear(x, "up"))
         if self.gate is None:
             hidden = activation(up)
         else:
-            hidden = activation(probe("ffn.gate", _affine(x, self.gate, self.gate_bias))) * up
+            hidden = activation(probe("ffn.gate", self._linear(x, "gate"))) * up
         hidden = probe("ffn.hidden", hidden)
-        return probe("ffn.output", _affine(hidden, self.down, self.down_bias))
+        return probe("ffn.output", self._linear(hidden, "down"))
 
-
-def _affine(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-    y = x @ weight[...].astype(x.dtype)
-    return y if bias is None else y + bias[...].astype(x.dtype)
+    def _linear(self, x, name):
+        bias = getattr(self, f"{name}_bias")
+        return linear(x, getattr(self, name)[...], None if bias is None else bias[...])
