@@ -71,18 +71,16 @@ def _prompts(batch: int) -> np.ndarray:
 
 def _speed(folder: str, peer: bool) -> list[dict]:
     work = {"forward": (_tokens(), 7)} | {f"decode batch {b}": (_prompts(b), 7) for b in (1, 8)}
-    theirs = _Theirs(folder) if peer else None
+    sides = {"jaxmodels": _Ours(folder)} | ({"transformers": _Theirs(folder)} if peer else {})
     rows = []
     for what, (tokens, repeats) in work.items():
-        ours = _Ours(folder, what)
-        sides = {"jaxmodels": ours} | ({"transformers": theirs} if peer else {})
         runs = {name: functools.partial(side.run, what, tokens) for name, side in sides.items()}
         samples = take_turns(runs, repeats)
         amount = BATCH * LENGTH if what == "forward" else len(tokens) * NEW
         row = {"what": what, "unit": "tokens/s", "samples": {name: s.summary() for name, s in samples.items()}}
         row |= {name: amount / s.median for name, s in samples.items()}
         if what == "forward":
-            row["flop"] = _forward_flop(ours.model.cfg)
+            row["flop"] = _forward_flop(sides["jaxmodels"].model.cfg)
         if peer:
             row |= _verdict(what, row["jaxmodels"] / row["transformers"])
             row |= _agreement(what, *[np.asarray(run()) for run in runs.values()])
@@ -91,12 +89,12 @@ def _speed(folder: str, peer: bool) -> list[dict]:
 
 
 class _Ours:
-    """Layers are scanned for the forward pass and unrolled for decoding, as jaxmodels' own commands do."""
+    """Layers unrolled, as for every model that is used and not trained."""
 
-    def __init__(self, folder: str, what: str):
+    def __init__(self, folder: str):
         import jaxmodels
 
-        self.model = jaxmodels.load(Path(folder) / "model", scan_layers="forward" in what)
+        self.model = jaxmodels.load(Path(folder) / "model", scan_layers=False)
 
     def run(self, what: str, tokens: np.ndarray):
         import jax
@@ -176,7 +174,7 @@ def _in_own_process(side: str, what: str, folder: str) -> dict[str, float]:
 
 def _print_memory(side: str, what: str, folder: str) -> None:
     """Runs in a process of its own: works three times, lets go of the results, and prints what stays resident."""
-    model = _Ours(folder, what) if side == "jaxmodels" else _Theirs(folder)
+    model = _Ours(folder) if side == "jaxmodels" else _Theirs(folder)
     tokens = _tokens() if "forward" in what else _prompts(8)
     for _ in range(3):
         model.run(what, tokens)

@@ -133,17 +133,20 @@ def removal_order(
     system[np.diag_indices_from(system)] += ridge * max(np.trace(system) / len(x), np.finfo(float).tiny)
     inverse = scipy.linalg.inv(system, overwrite_a=True, check_finite=False)
     rows = np.array(down, np.float64)
-    alive, order, costs = np.arange(len(x)), [], []
-    while len(alive):
-        cost = (rows**2).sum(1) / np.diagonal(inverse)
-        drop = np.argsort(cost, kind="stable")[:chunk]
-        order.append(alive[drop])
-        costs.append(cost[drop])
-        stay = np.setdiff1d(np.arange(len(alive)), drop)
-        moved = scipy.linalg.solve(inverse[np.ix_(drop, drop)], inverse[np.ix_(drop, stay)], assume_a="pos").T
-        rows = rows[stay] - moved @ rows[drop]
-        inverse = inverse[np.ix_(stay, stay)] - moved @ inverse[np.ix_(drop, stay)]
-        alive = alive[stay]
+    alive, order, costs = np.ones(len(x), bool), [], []
+    while alive.any():
+        left = np.flatnonzero(alive)
+        cost = (rows[left] ** 2).sum(1) / np.diagonal(inverse)[left]
+        cheapest = np.argsort(cost, kind="stable")[:chunk]
+        drop = left[cheapest]
+        order.append(drop)
+        costs.append(cost[cheapest])
+        columns = inverse[:, drop]
+        moved = scipy.linalg.solve(columns[drop], columns.T, assume_a="pos").T
+        # In place and without taking the dropped neurons out (they become zero): copies would cost more than products.
+        rows -= moved @ rows[drop]
+        inverse -= moved @ columns.T
+        alive[drop] = False
     return np.concatenate(order).astype(np.int32), np.maximum.accumulate(np.concatenate(costs))
 
 
