@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from analysis.atlas.pruning import BEST, MAIN, RULES
+from analysis.atlas.rules import BEST, MAIN, RULES
 from jaxmodels.errors import UserError
 
 

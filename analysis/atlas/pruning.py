@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.atlas.rules import BEST, MAIN, SCHEMES
 from jaxmodels.experts.prune import adaptive_counts, select_experts, union_scores
 
 
@@ -41,22 +42,6 @@ def to_neurons(keep: np.ndarray, perm: np.ndarray) -> np.ndarray:
     out = np.zeros(perm.shape, bool)
     np.put_along_axis(out, perm, wide, 1)
     return out
-
-
-# name -> (score, rule). ``contribution`` rules are the default of jaxmodels: frequency misses rare, huge neurons.
-SCHEMES = {
-    "frequency adaptive": ("frequency", "adaptive"),
-    "frequency uniform": ("frequency", "uniform"),
-    "frequency global": ("frequency", "global"),
-    "contribution adaptive": ("contribution", "adaptive"),
-    "contribution uniform": ("contribution", "uniform"),
-    "deviation uniform": ("deviation", "uniform"),
-    "neuron frequency uniform": ("neuron_frequency", "uniform"),
-    "neuron contribution uniform": ("neuron_contribution", "uniform"),
-}
-CONTROLS = ("lowest frequency", "weight norm", "union of the panel")
-RULES = (*SCHEMES, *CONTROLS)
-MAIN, BEST = "frequency adaptive", "contribution uniform"
 
 
 def mask_of(scheme: str, scores: Scores, share: float, perm: np.ndarray, *, panel: list[Scores] | None = None,

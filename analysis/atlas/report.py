@@ -10,7 +10,7 @@ from analysis.atlas import figures
 from analysis.atlas.classes import CLASSES
 from analysis.atlas.families import Curve, Dendrogram
 from analysis.atlas.intervals import Interval
-from analysis.atlas.pruning import BEST, MAIN
+from analysis.atlas.rules import BEST, MAIN
 from analysis.report.html import Report
 from train.runtime.files import load_npz, read_json
 

@@ -9,9 +9,10 @@ from analysis.atlas import classes, families, similarity
 from analysis.atlas.collect import batches, expert_k
 from analysis.atlas.intervals import excess
 from analysis.atlas.lape import change_summary, lape, random_like
-from analysis.atlas.pruning import BEST, MAIN, Scores, mask_of, plan
+from analysis.atlas.pruning import Scores, mask_of, plan
 from analysis.atlas.quality import Scorer, Texts
 from analysis.atlas.repair import Calibration, own_words, rank_neurons, sequential_refit
+from analysis.atlas.rules import BEST, MAIN
 from analysis.atlas.text import Rows, pack
 from jaxmodels.errors import UserError
 from jaxmodels.experts.models import unroll, with_down
