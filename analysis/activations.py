@@ -39,11 +39,15 @@ def kth_largest(values: Float[Array, "*B F"], k: int) -> Float[Array, "*B 1"]:
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
-def top_count(scores: Float[Array, "B T E"], counted: Bool[Array, "B T"], k: int) -> Int[Array, "B E"]:
-    """How many counted tokens have each expert among their k highest; sums to k · tokens (ties: lower index first)."""
-    _, chosen = jax.lax.top_k(scores, k)
-    hits = jax.nn.one_hot(chosen, scores.shape[-1], dtype=jnp.int32).sum(-2)
-    return jnp.where(counted[..., None], hits, 0).sum(1)
+def top_counts(scores: Float[Array, "B T E"], counted: Bool[Array, "B T"], ks: tuple[int, ...]
+               ) -> dict[int, Int[Array, "B E"]]:
+    """{k: how many counted tokens have each expert among their k highest}; ties go to the lower index.
+
+    Each sums to k · tokens.
+    """
+    _, chosen = jax.lax.top_k(scores, max(ks))  # sorted: the first k of them are the top k
+    hits = jax.nn.one_hot(chosen, scores.shape[-1], dtype=jnp.int32) * counted[..., None, None]
+    return {k: hits[..., :k, :].sum((1, 2)) for k in ks}
 
 
 def _fold_hidden(options, norms, order, counted, hidden, mask):
@@ -53,9 +57,10 @@ def _fold_hidden(options, norms, order, counted, hidden, mask):
     contribution = jnp.abs(hidden.astype(jnp.float32)) * norms
     live = jnp.where(counted[..., None], contribution, 0)
     out = {"sum": live.sum(1), "square": (live * live).sum(1)}
-    experts = contribution[..., order].reshape(*contribution.shape[:-1], num_experts, -1).sum(-1)
-    for k in expert_ks:
-        out[f"expert_top_{k}"] = top_count(experts, counted, k)
+    # A product with the 0/1 matrix of who is in which expert: 2.2 ms on CPU where gathering neurons took 3.4.
+    expert_of = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)) // (len(order) // num_experts))
+    experts = contribution @ jax.nn.one_hot(expert_of, num_experts, dtype=jnp.float32)
+    out |= {f"expert_top_{k}": hits for k, hits in top_counts(experts, counted, expert_ks).items()}
     if neuron_k:
         out["neuron_top"] = ((contribution >= kth_largest(contribution, neuron_k)) & counted[..., None]).sum(
             1, dtype=jnp.int32)

@@ -151,7 +151,7 @@ def test_top_count_sums_to_k_times_tokens(k):
     scores[1] = np.round(scores[1])  # ties: the lower index first
     scores[2] = 0
     counted = rng.random((3, 9)) < 0.7
-    count = np.asarray(activations.top_count(jnp.asarray(scores), jnp.asarray(counted), k))
+    count = np.asarray(activations.top_counts(jnp.asarray(scores), jnp.asarray(counted), (1, k))[k])
     assert np.array_equal(count.sum(-1), k * counted.sum(1))
     expected = np.zeros((3, E), int)
     for b, t in np.argwhere(counted):
