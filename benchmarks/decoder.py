@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,11 +174,15 @@ def _in_own_process(side: str, what: str, folder: str) -> dict[str, float]:
 
 
 def _print_memory(side: str, what: str, folder: str) -> None:
-    """Runs in a process of its own: works three times, lets go of the results, and prints what stays resident."""
+    """Runs in a process of its own: works three times, lets go of the results, and prints what stays resident.
+
+    Both runtimes free large results on threads of their own, some time after the call: hence the pause.
+    """
     model = _Ours(folder) if side == "jaxmodels" else _Theirs(folder)
     tokens = _tokens() if "forward" in what else _prompts(8)
     for _ in range(3):
         model.run(what, tokens)
+    time.sleep(1)
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     mebibytes = {name: int(fields[key].split()[0]) / 1024 for name, key in (("resident", "VmRSS"), ("peak", "VmHWM"))}
     print(json.dumps(mebibytes))
