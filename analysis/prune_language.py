@@ -20,7 +20,7 @@ from jaxmodels.decoder.model import Decoder
 from jaxmodels.errors import UserError
 from jaxmodels.experts.models import ffn_layers, with_down, with_ffn
 from jaxmodels.experts.prune import prune_experts
-from jaxmodels.experts.recover import keep_cheapest
+from jaxmodels.experts.recover import keep_last
 
 
 def by_contribution(model: Decoder, rows: Rows, share: float) -> np.ndarray:
@@ -49,7 +49,7 @@ def cut(model: Decoder, *, keep: np.ndarray | None = None, share: float | None =
       keep: bool[L, E] of a split model or bool[L, F] of a dense one; else ``share`` and ``rows`` choose.
       repair: refit what is left to the whole model's activations on ``rows`` (analysis/atlas/repair.py). Of a dense
         model without ``keep`` it also chooses the neurons: those that the others can replace least stay, ``share`` of
-        the whole model, so that layers get widths of their own.
+        the whole model (``recover.keep_last``: the first layer of a deep model stays whole).
 
     Raises UserError for shapes that do not fit, layers of unequal width, and repair of post-norm models.
     """
@@ -62,7 +62,7 @@ def cut(model: Decoder, *, keep: np.ndarray | None = None, share: float | None =
     advance = advance or (lambda: None)
     text = Calibration(dense, rows.tokens, rows.mask)
     if keep is None:
-        keep = keep_cheapest(*rank_neurons(text, advance=advance), share)
+        keep = keep_last(rank_neurons(text, advance=advance), share)
     else:
         if keep.shape != (layers, experts or width):
             raise UserError(f"keep is {keep.dtype}{list(keep.shape)}; bool[{layers}, {experts or width}] is needed")

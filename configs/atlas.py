@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, object]] = {
                         "neuron contribution uniform", "lowest frequency"),
         "prune.interventions": ("zero",), "prune.lape_seeds": 1,
         "prune.repair_languages": 1, "prune.repair_shares": (0.75,), "prune.refit_tokens": 3072,
-        "prune.own_tokens": 0,
+        "prune.own_tokens": 0, "prune.distill": (),
         "speed.shares": (0.5,), "speed.decode": 16, "speed.repeats": 3,
     },
     "tiny": {
@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "prune.panel": ("en", "de"), "prune.shares": (0.5,), "prune.others": 1, "prune.random_seeds": 1,
         "prune.bootstrap": 200, "prune.interventions": ("zero",), "prune.lape_seeds": 1,
         "prune.repair_languages": 1, "prune.repair_shares": (0.5,), "prune.refit_tokens": 128, "prune.own_tokens": 0,
+        "prune.distill": (),
         "speed.shares": (0.5,), "speed.prefill": 64, "speed.decode": 4, "speed.repeats": 1,
     },
 }

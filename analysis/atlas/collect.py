@@ -13,9 +13,15 @@ from jaxmodels.decoder.model import Decoder
 HALVES = 2  # every count is kept for two halves of the text, for split-half reliability
 
 
-def batches(rows: Rows, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(tokens int32[B, T], mask bool[B, T], half int[B]); rows of padding at the end: one shape, one compilation."""
+def batches(rows: Rows, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(tokens int32[B, T], mask bool[B, T], half int[B]) of B <= ``most`` rows, all of one shape.
+
+    B is chosen so that little padding is computed (20 rows are twice 10, not 16 and 4 of 16), and even, so that
+    languages of about the same size share a compilation.
+    """
     total = len(rows.tokens)
+    size = -(-total // -(-total // most))
+    size = min(most, size + size % 2)
     for start in range(0, total, size):
         tokens, mask = rows.tokens[start:start + size], rows.mask[start:start + size]
         half = (np.arange(start, start + len(tokens)) * HALVES) // total

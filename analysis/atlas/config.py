@@ -62,6 +62,8 @@ class PruneConfig:
     repair_languages: int = 8  # panel languages that are repaired, in the order of the panel
     refit_tokens: int = 16_384  # calibration tokens of the refit, from the main texts
     own_tokens: int = 8192  # and tokens that the model writes itself after their openings
+    distill: tuple[str, ...] = ("fr",)  # repaired languages whose smallest model is then distilled; empty: none
+    distill_steps: int = 400  # steps of the distillation, of 4 windows each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,5 +109,8 @@ class AtlasConfig:
         if self.text.least_tokens > self.text.analysis_tokens:
             raise UserError(f"text.least_tokens {self.text.least_tokens} is above text.analysis_tokens "
                             f"{self.text.analysis_tokens}; lower it")
+        if unknown := sorted(set(self.prune.distill) - set(self.prune.panel[:self.prune.repair_languages])):
+            raise UserError(f"prune.distill has {unknown[0]!r}, which is not repaired; choose from the first "
+                            f"{self.prune.repair_languages} (prune.repair_languages) of prune.panel")
         if self.text.window <= self.text.skip + 1:
             raise UserError(f"text.window {self.text.window} must exceed text.skip {self.text.skip} by at least 2")

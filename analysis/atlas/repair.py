@@ -60,8 +60,8 @@ class Calibration:
 
 
 def rank_neurons(text: Calibration, *, ridge: float = RIDGE,
-                 advance: Callable[[], None] = lambda: None) -> tuple[np.ndarray, np.ndarray]:
-    """(order int32[L, F], cost float64[L, F]) of ``recover.removal_order`` in every layer of the dense model."""
+                 advance: Callable[[], None] = lambda: None) -> Int[np.ndarray, "L F"]:
+    """``recover.removal_order`` in every layer of the dense model: neurons, the first to go first."""
     streams, out = list(text.streams), []
     for layer, ffn in enumerate(ffn_layers(text.model)):
         parts = text.run(layer, streams)
@@ -69,7 +69,7 @@ def rank_neurons(text: Calibration, *, ridge: float = RIDGE,
         out.append(recover.removal_order(stats, np.asarray(ffn["down"], np.float32), ridge=ridge))
         streams = [part.out for part in parts]
         advance()
-    return np.stack([order for order, _ in out]), np.stack([cost for _, cost in out])
+    return np.stack(out)
 
 
 def sequential_refit(text: Calibration, keep: Bool[np.ndarray, "L F"], *, ridge: float = RIDGE, pull: float = PULL,

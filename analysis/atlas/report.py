@@ -196,10 +196,10 @@ def _pruning(report, rows, results) -> None:
 
 
 def _recovery(report, rows, results) -> None:
-    report.section("Repairing a pruned model", "Neurons chosen by contribution; the down projections are then refitted "
-                   "in closed form, layer by layer, without training. Calibrated on the main texts, tested on: "
-                   f"{results.get('recovery_tested_on')}.")
-    shares = sorted({r["share"] for r in rows}, reverse=True)
+    report.section("Repairing a pruned model", "Neurons that the others can replace least are kept; the down "
+                   "projections are then refitted in closed form, layer by layer, without training. Distilled: trained "
+                   "further to predict what the whole model predicts. Calibrated on the main texts and on the model's "
+                   f"own words, tested on: {results.get('recovery_tested_on')}.")
     table = []
     for lang in dict.fromkeys(r["language"] for r in rows):
         row: dict[str, Any] = {"language": lang}
@@ -208,9 +208,11 @@ def _recovery(report, rows, results) -> None:
                 row["dense loss"] = r["dense"]
                 row[f"{r['share']:.0%} {r['step']}"] = r["excess"]
         table.append(row)
-    table.append({"language": "mean", **{f"{s:.0%} {step}": results[f"recovery_{step}_{s:g}"] for s in shares
-                                         for step in ("masked", "repaired")}})
-    report.table(table, caption="Excess loss, nats a token.", name="recovery")
+    columns = dict.fromkeys((r["share"], r["step"]) for r in rows)
+    table.append({"language": "mean", **{f"{share:.0%} {step}": results[f"recovery_{step}_{share:g}"]
+                                         for share, step in columns}})
+    report.table(table, caption="Excess loss, nats a token. Means are over the languages that have the column.",
+                 name="recovery")
 
 
 def _speed(report, rows) -> None:

@@ -1,5 +1,6 @@
 """The questions that the atlas asks, one function each. Every function writes its arrays and flat results once."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from analysis.atlas.repair import Calibration, own_words, rank_neurons, sequenti
 from analysis.atlas.rules import BEST, MAIN
 from analysis.atlas.text import Rows, pack
 from jaxmodels.errors import UserError
-from jaxmodels.experts.models import unroll, with_down
-from jaxmodels.experts.recover import keep_cheapest
+from jaxmodels.experts.models import prune, stack, unroll, with_down
+from jaxmodels.experts.recover import keep_last
 from train.data.sources import text_source
+from train.distill import distill, teacher_targets
 
+RECOVERY = ("masked", "repaired", "distilled")  # what is done to a pruned model, each on top of the one before
 TESTED_FAMILIES = ("Romance", "Germanic", "Slavic")  # those that an English-centred model has seen most of
 
 
@@ -259,21 +262,52 @@ def recovery(atlas: Any) -> None:
                 run.save_npz(name, **found)
             else:
                 advance(atlas.model.cfg.num_layers, lang.name)
-            for step in ("masked", "repaired"):
-                token = excess(found["dense"], found[step], found["tokens"], cfg.prune.bootstrap, cfg.seed)
-                rows.append({"language": lang.code, "share": share, "step": step, "excess": token.value,
-                             "low": token.low, "high": token.high,
-                             "dense": float(found["dense"].sum() / found["tokens"].sum())})
+            for step in RECOVERY:
+                if step in found:
+                    token = excess(found["dense"], found[step], found["tokens"], cfg.prune.bootstrap, cfg.seed)
+                    rows.append({"language": lang.code, "share": share, "step": step, "excess": token.value,
+                                 "low": token.low, "high": token.high,
+                                 "dense": float(found["dense"].sum() / found["tokens"].sum())})
             run.check_stop()
-    results = {f"recovery_{step}_{share:g}": float(np.mean([r["excess"] for r in rows if r["share"] == share
-                                                           and r["step"] == step]))
-               for share in cfg.prune.repair_shares for step in ("masked", "repaired")}
+    results = {}
+    for share in cfg.prune.repair_shares:
+        for step in RECOVERY:
+            if values := [r["excess"] for r in rows if r["share"] == share and r["step"] == step]:
+                results[f"recovery_{step}_{share:g}"] = float(np.mean(values))
     run.write_results(results | {"recovery_tested_on": domain})
     _write_rows(atlas, "recovery", rows)
 
 
-def _calibration(atlas: Any, lang: Any) -> Calibration:
-    """The language's analysis and selection texts, and what the model writes after their openings."""
+def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -> dict[str, np.ndarray]:
+    tokens, mask = _calibration(atlas, lang)
+    text = Calibration(atlas.model, tokens, mask)
+    ranking = atlas.run.load_npz(f"cache/ranking/{lang.code}")
+    if ranking is None:
+        ranking = {"order": rank_neurons(text)}
+        atlas.run.save_npz(f"cache/ranking/{lang.code}", **ranking)
+    keep = keep_last(ranking["order"], share)
+    repair = sequential_refit(text, keep, advance=advance)
+    repaired = with_down(atlas.model, repair.down, repair.bias)
+    dense = _dense(atlas, test)
+    found = {"dense": dense.nll, "masked": atlas.scorer(test, keep).nll, "repaired": Scorer(repaired)(test, keep).nll,
+             "tokens": dense.tokens, "residual": repair.residual}
+    cfg = atlas.cfg.prune
+    if lang.code in cfg.distill and share == min(cfg.repair_shares):
+        student = stack(prune(repaired, keep))
+        targets = teacher_targets(atlas.model, tokens, mask)
+        with atlas.run.progress(cfg.distill_steps, "distilling") as step:
+            def count(steps: int, note: str) -> None:
+                step(steps, f"{lang.name}, {note}")
+                atlas.run.check_stop()
+
+            student, losses = distill(student, targets, tokens, mask, steps=cfg.distill_steps, minutes=math.inf,
+                                      seed=atlas.cfg.seed, advance=count)
+        found |= {"distilled": Scorer(student)(test).nll, "distillation_loss": np.asarray(losses)}
+    return found
+
+
+def _calibration(atlas: Any, lang: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) of the language's analysis and selection texts, and what the model writes after their openings."""
     cfg, window = atlas.cfg, atlas.cfg.text.window
     parts = [lang.parts[name] for name in ("analysis", "selection")]
     tokens, mask = (np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "mask"))
@@ -288,22 +322,7 @@ def _calibration(atlas: Any, lang: Any) -> Calibration:
             atlas.run.save_npz(name, **found)
         tokens = np.concatenate([tokens, found["tokens"]])
         mask = np.concatenate([mask, np.ones(found["tokens"].shape, bool)])
-    return Calibration(atlas.model, tokens, mask)
-
-
-def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -> dict[str, np.ndarray]:
-    text = _calibration(atlas, lang)
-    ranking = atlas.run.load_npz(f"cache/ranking/{lang.code}")
-    if ranking is None:
-        order, cost = rank_neurons(text)
-        ranking = {"order": order, "cost": cost}
-        atlas.run.save_npz(f"cache/ranking/{lang.code}", **ranking)
-    keep = keep_cheapest(ranking["order"], ranking["cost"], share)
-    repair = sequential_refit(text, keep, advance=advance)
-    dense, masked = _dense(atlas, test), atlas.scorer(test, keep)
-    repaired = Scorer(with_down(atlas.model, repair.down, repair.bias))(test, keep)
-    return {"dense": dense.nll, "masked": masked.nll, "repaired": repaired.nll, "tokens": dense.tokens,
-            "residual": repair.residual}
+    return tokens, mask
 
 
 def _transfer_rows(atlas: Any) -> tuple[dict[str, Rows], str]:

@@ -107,6 +107,8 @@ class Decoder(nnx.Module):
 
         Returns:
           (float32[B, T, V], aux), aux: a dict of recordings by point, with a leading layer axis.
+
+        Raises UserError for tokens that are no int[B, T], and for taps at points the model lacks or that do not fit.
         """
         graphdef, state = nnx.split(self)
         return _run(graphdef, state, tokens, mask, positions, segments, taps, logits)
@@ -117,6 +119,8 @@ class Decoder(nnx.Module):
         cfg = self.cfg
         _check_taps(taps, cfg)
         tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; a batch of rows is needed: int32[B, T]")
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         context, cache = make_context(cfg, mask, positions, segments, cache)
         probe = _edge_probe(taps, mask)

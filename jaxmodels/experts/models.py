@@ -85,6 +85,12 @@ def unroll(model: Decoder) -> Decoder:
         model, ffn_layers(model), _router_layers(model), scan_layers=False)
 
 
+def stack(model: Decoder) -> Decoder:
+    """The same model with equal neighbouring layers stacked and scanned: compiles faster, as training wants it."""
+    return model if model.cfg.scan_layers else with_ffn(
+        model, ffn_layers(model), _router_layers(model), scan_layers=True)
+
+
 def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | None = None, method: str = "kmeans",
           seed: int = 0, router: str = "all", top_k: int | None = None, block: int = 1,
           activations: Iterable[Any] | None = None, importance: Iterable[Any] | None = None, num_shared: int = 0,

@@ -116,16 +116,14 @@ def refit(stats: Moments, prior: Float[Any, "R D"], *, ridge: float = RIDGE) -> 
     return _finish(problem, _ridge(problem, np.asarray(prior, np.float64), ridge), 0.0)
 
 
-def removal_order(
-    stats: Moments, down: Float[Any, "F D"], *, ridge: float = RIDGE, chunk: int = 48
-) -> tuple[Int[np.ndarray, "F"], Float[np.ndarray, "F"]]:
-    """In which order neurons can go when the others are refitted to replace them, and what each costs.
+def removal_order(stats: Moments, down: Float[Any, "F D"], *, ridge: float = RIDGE,
+                  chunk: int = 48) -> Int[np.ndarray, "F"]:
+    """In which order neurons can go when the others are refitted to replace them: the first to go comes first.
 
     Dropping neuron j raises the mean squared error of the best refit by ||w_j||^2 / [S^-1]_jj (optimal brain surgeon,
     Hassibi & Stork 1993, eq. 5, for D outputs at once), with w the rows refitted so far and S the centred second
     moments of the dense model's h. A neuron that others predict is cheap to drop however large it is. `chunk` neurons
-    go at a time; 1 is the exact greedy order. Returns (neurons, first to go first; cost of each in that order, made
-    non-decreasing).
+    go at a time; 1 is the exact greedy order.
     """
     n, x, xx, *_ = _float64(stats)
     mean = x / n
@@ -133,37 +131,39 @@ def removal_order(
     system[np.diag_indices_from(system)] += ridge * max(np.trace(system) / len(x), np.finfo(float).tiny)
     inverse = scipy.linalg.inv(system, overwrite_a=True, check_finite=False)
     rows = np.array(down, np.float64)
-    alive, order, costs = np.ones(len(x), bool), [], []
+    alive, order = np.ones(len(x), bool), []
     while alive.any():
         left = np.flatnonzero(alive)
         cost = (rows[left] ** 2).sum(1) / np.diagonal(inverse)[left]
-        cheapest = np.argsort(cost, kind="stable")[:chunk]
-        drop = left[cheapest]
+        drop = left[np.argsort(cost, kind="stable")[:chunk]]
         order.append(drop)
-        costs.append(cost[cheapest])
         columns = inverse[:, drop]
         moved = scipy.linalg.solve(columns[drop], columns.T, assume_a="pos").T
         # In place and without taking the dropped neurons out (they become zero): copies would cost more than products.
         rows -= moved @ rows[drop]
         inverse -= moved @ columns.T
         alive[drop] = False
-    return np.concatenate(order).astype(np.int32), np.maximum.accumulate(np.concatenate(costs))
+    return np.concatenate(order).astype(np.int32)
 
 
-def keep_cheapest(order: Int[Any, "L F"], cost: Float[Any, "L F"], share: float) -> Bool[np.ndarray, "L F"]:
-    """Drops what costs least over all layers together until `share` is left; each layer keeps at least 5 %.
+def keep_last(order: Int[Any, "L F"], share: float) -> Bool[np.ndarray, "L F"]:
+    """Keeps `share` of all neurons: those that `removal_order` lets go last.
 
-    Costs of different layers compare when the moments are weighted by the inverse size of the residual stream.
+    The first layer of a deep model stays whole and the others share what is left: cutting it costs several times what
+    any other layer does (docs/log.md). In a shallow one, where that would take more than a fifth of the budget, all
+    layers keep the same number.
     """
-    layers, width = np.shape(order)
-    floor = max(1, round(0.05 * width))
-    allowed = np.where(np.arange(width) < width - floor, cost, np.inf)  # the floor is never for sale
-    drop = round((1 - share) * layers * width)
-    if not 0 < share <= 1 or drop > layers * (width - floor):
-        raise UserError(f"share {share} of {width} neurons a layer cannot be kept; choose 0.05 to 1")
-    rank = np.argsort(np.argsort(allowed, axis=None, kind="stable"), kind="stable").reshape(layers, width)
-    keep = np.empty((layers, width), bool)
-    np.put_along_axis(keep, np.asarray(order), rank >= drop, 1)
+    order = np.asarray(order)
+    layers, width = order.shape
+    budget = share * layers
+    counts = np.full(layers, share * width)
+    if budget >= 5:
+        counts[0], counts[1:] = width, (budget - 1) / (layers - 1) * width
+    counts = np.minimum(counts.round().astype(int), width)
+    if not 0 < share <= 1 or counts.min() < 1:
+        raise UserError(f"share {share} of {width} neurons a layer keeps none; choose {1 / width:.2g} to 1")
+    keep = np.zeros((layers, width), bool)
+    np.put_along_axis(keep, order, np.arange(width) >= width - counts[:, None], 1)
     return keep
 
 
