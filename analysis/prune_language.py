@@ -32,8 +32,7 @@ def by_contribution(model: Decoder, rows: Rows, share: float) -> np.ndarray:
     layers, width = dense.cfg.num_layers, dense.cfg.ffn_widths[0]
     order = np.tile(np.arange(width, dtype=np.int32), (layers, 1))  # as_dense leaves neurons in expert order
     cfg = AtlasConfig()
-    cfg = dataclasses.replace(cfg, profile=dataclasses.replace(cfg.profile, shares=(cfg.profile.main_share,),
-                                                               neurons=False))
+    cfg = dataclasses.replace(cfg, profile=dataclasses.replace(cfg.profile, shares=(cfg.profile.main_share,)))
     counts = activity(dense, rows, order, down_norms(dense), cfg, experts or 1)
     k = next(int(name.rpartition("_")[2]) for name in counts if name.startswith("expert_top_"))
     scores = Scores.of(counts, order, experts or 1, k)

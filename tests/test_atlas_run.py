@@ -45,7 +45,7 @@ def overrides(inputs, **more):
         "text.languages": "en,de,fr,es", "text.window": "32", "text.test_tokens": "1024", "text.batch": "8",
         "split.method": "kmeans", "split.expert_size": "8", "prune.panel": "en,de,fr", "prune.shares": "0.5,0.25",
         "prune.transfer": "gettext-is-not-used", "prune.interventions": "zero,mean,p10,p90", "profile.neurons": "true",
-        "prune.own_tokens": "64", "speed.prefill": "32"}
+        "prune.own_tokens": "64", "prune.distill": "en", "prune.distill_steps": "3", "speed.prefill": "32"}
     return [f"{k}={v}" for k, v in (values | {k.replace("__", "."): v for k, v in more.items()}).items()]
 
 
@@ -77,6 +77,7 @@ def test_what_a_run_leaves_behind(undisturbed):
     rows = np.load(out / "pruning.npz")
     assert set(rows["scheme"]) >= {"frequency adaptive", "contribution uniform", "neuron frequency uniform",
                                    "random", "lowest frequency", "weight norm", "union of the panel"}
+    assert np.load(out / "recovery.npz")["step"].tolist() == ["masked", "repaired", "distilled"]
     kept = rows["kept"][rows["scheme"] == "contribution uniform"]
     assert set(np.round(kept, 6)) == {0.5, 0.25}
 
@@ -137,6 +138,7 @@ def comparable(results):
     ({"prune__shares": "0"}, "above 0"),
     ({"profile__main_share": "0.7"}, "main_share"),
     ({"prune__interventions": "mean"}, "begin with zero"),
+    ({"prune__distill": "en,fr"}, "'fr', which is not repaired"),
     ({"model": "smollm3"}, "smollm"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, more, words):

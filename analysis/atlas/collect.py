@@ -34,14 +34,16 @@ def expert_k(share: float, num_experts: int) -> int:
     return max(1, round(share * num_experts))
 
 
-def activity(model: Decoder, rows: Rows, perm: np.ndarray, norms, cfg: Any, num_experts: int) -> dict[str, np.ndarray]:
+def activity(model: Decoder, rows: Rows, perm: np.ndarray, norms, cfg: Any, num_experts: int, *,
+             neurons: bool = False) -> dict[str, np.ndarray]:
     """Counts of one language's rows, int64 and float64 on the host, with a leading axis of halves.
 
-    Returns tokens int64[2]; expert_top_<k> int64[2, L, E]; neuron_top, positive_gate int64[2, L, F]; sum, square
-    float64[2, L, F]. Padding and the first ``cfg.text.skip`` positions of each row are not counted.
+    Returns tokens int64[2]; expert_top_<k> int64[2, L, E]; positive_gate int64[2, L, F]; sum, square float64[2, L, F];
+    with ``neurons`` also neuron_top int64[2, L, F], which costs a third more time. Padding and the first
+    ``cfg.text.skip`` positions of each row are not counted.
     """
     ks = tuple(sorted({expert_k(s, num_experts) for s in cfg.profile.shares}))
-    neuron_k = expert_k(cfg.profile.main_share, perm.shape[1]) if cfg.profile.neurons else 0
+    neuron_k = expert_k(cfg.profile.main_share, perm.shape[1]) if neurons else 0
     totals: dict[str, np.ndarray] = {}
     for tokens, mask, half in batches(rows, cfg.text.batch):
         counted = mask & (np.arange(mask.shape[1]) >= cfg.text.skip)
@@ -79,8 +81,10 @@ class Collector:
         with self.run.progress(total, "reading languages", done) as advance:
             for lang, part in todo:
                 rows = lang.parts[part]
+                # Single neurons' ranks only matter where neurons are chosen.
+                neurons = self.cfg.profile.neurons and part == "selection"
                 self.run.save_npz(_name(lang, part), **activity(self.model, rows, self.perm, self.norms, self.cfg,
-                                                                 self.num_experts))
+                                                                 self.num_experts, neurons=neurons))
                 advance(len(rows.tokens), lang.name)
                 self.run.check_stop()
 

@@ -39,7 +39,7 @@ class ProfileConfig:
 
     shares: tuple[float, ...] = (0.1, 0.2, 0.3)  # active share of experts; the first listed main_share is the default
     main_share: float = 0.2  # the share that maps, families and pruning use
-    neurons: bool = True  # also count single neurons
+    neurons: bool = True  # also rank single neurons on the selection texts (for one of the pruning rules)
     permutations: int = 10_000  # label shuffles of the family tests
     lape_rate: float = 0.01  # share of all neurons that LAPE picks
 
@@ -52,18 +52,18 @@ class PruneConfig:
     others: int = 3  # each language's list is also scored on this many other panel languages
     shares: tuple[float, ...] = (0.75, 0.5, 0.25)  # share of the feed-forward layers that is kept
     rules: tuple[str, ...] = RULES  # how the kept parts are chosen; random comes on top
-    random_seeds: int = 5
-    lape_seeds: int = 5  # random controls of the intervention matrix
+    random_seeds: int = 4
+    lape_seeds: int = 3  # random controls of the intervention matrix
     interventions: tuple[str, ...] = ("zero", "mean", "p10", "p90")  # what language neurons are set to
     bootstrap: int = 1000
     recover: bool = True  # bias compensation and refit of the down projections
     transfer: str = "udhr"  # other-domain test text of the recovery table; the main source's test part if absent
     repair_shares: tuple[float, ...] = (0.75, 0.5)  # shares that are repaired
     repair_languages: int = 8  # panel languages that are repaired, in the order of the panel
-    refit_tokens: int = 16_384  # calibration tokens of the refit, from the main texts
+    refit_tokens: int = 6144  # calibration tokens of the refit, from the main texts
     own_tokens: int = 8192  # and tokens that the model writes itself after their openings
     distill: tuple[str, ...] = ("fr",)  # repaired languages whose smallest model is then distilled; empty: none
-    distill_steps: int = 400  # steps of the distillation, of 4 windows each
+    distill_steps: int = 250  # steps of the distillation, of 4 windows each
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ def sequential_refit(text: Calibration, keep: Bool[np.ndarray, "L F"], *, ridge:
     return Repair(*(np.stack(values) for values in zip(*out, strict=True)))
 
 
-def own_words(model: Decoder, openings: list[list[int]], length: int, *, batch: int = 32,
+def own_words(model: Decoder, openings: list[list[int]], length: int, *, batch: int = 64,
               seed: int = 0) -> Int[np.ndarray, "R T"]:
     """Text that the model writes itself (temperature 1) after short openings: calibration text where there is little.
 
