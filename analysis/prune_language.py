@@ -61,7 +61,7 @@ def cut(model: Decoder, *, keep: np.ndarray | None = None, share: float | None =
     advance = advance or (lambda: None)
     text = Calibration(dense, rows.tokens, rows.mask)
     if keep is None:
-        keep = keep_last(rank_neurons(text, advance=advance), share)
+        keep = keep_last(rank_neurons(text, share, advance=advance), share)
     else:
         if keep.shape != (layers, experts or width):
             raise UserError(f"keep is {keep.dtype}{list(keep.shape)}; bool[{layers}, {experts or width}] is needed")

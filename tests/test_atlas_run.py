@@ -45,7 +45,8 @@ def overrides(inputs, **more):
         "text.languages": "en,de,fr,es", "text.window": "32", "text.test_tokens": "1024", "text.batch": "8",
         "split.method": "kmeans", "split.expert_size": "8", "prune.panel": "en,de,fr", "prune.shares": "0.5,0.25",
         "prune.transfer": "gettext-is-not-used", "prune.interventions": "zero,mean,p10,p90", "profile.neurons": "true",
-        "prune.own_tokens": "64", "prune.distill": "en", "prune.distill_steps": "3", "speed.prefill": "32"}
+        "prune.own_tokens": "64", "prune.distill": "en", "prune.distill_steps": "3",
+        "prune.distill_tokens": "64", "speed.prefill": "32"}
     return [f"{k}={v}" for k, v in (values | {k.replace("__", "."): v for k, v in more.items()}).items()]
 
 

@@ -178,6 +178,8 @@ def test_removal_order_is_backward_elimination():
         errors = [left([k for k in alive if k != j]) for j in alive]
         expected.append(alive.pop(int(np.argmin(errors))))
     assert order.tolist() == expected
+    short = recover.removal_order(recover.moments(jnp.asarray(h)), w, ridge=1e-9, chunk=1, until=3)
+    assert short[:5].tolist() == expected[:5] and sorted(short[5:]) == sorted(expected[5:])
 
 
 def test_a_copied_neuron_is_free_to_drop():

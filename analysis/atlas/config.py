@@ -63,6 +63,7 @@ class PruneConfig:
     refit_tokens: int = 6144  # calibration tokens of the refit, from the main texts
     own_tokens: int = 8192  # and tokens that the model writes itself after their openings
     distill: tuple[str, ...] = ("fr",)  # repaired languages whose smallest model is then distilled; empty: none
+    distill_tokens: int = 24_576  # tokens of its own that it is then distilled on, beside refit_tokens of the texts
     distill_steps: int = 250  # steps of the distillation, of 4 windows each
 
 

@@ -72,8 +72,14 @@ def by_text(nll: np.ndarray, rows: Rows) -> Texts:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nll(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-    logits, _, _ = nnx.merge(graphdef, state).forward(tokens, mask=mask, taps=taps)
-    logits = logits[:, :-1]
-    found = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - found
+    model = nnx.merge(graphdef, state)
+    hidden, _, _ = model.forward(tokens, mask=mask, taps=taps, logits="hidden")
+
+    def row(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, following = part
+        logits = model.unembed(x)
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+
+    # Row by row: the logits of all rows at once leave the cache, and their softmax then costs as much as the product.
+    nll = jax.lax.map(row, (hidden[:, :-1], tokens[:, 1:]))
     return jnp.pad(jnp.where(mask[:, 1:], nll, 0), ((0, 0), (1, 0)))

@@ -59,14 +59,15 @@ class Calibration:
                 for x, m in zip(streams, self.masks, strict=True)]
 
 
-def rank_neurons(text: Calibration, *, ridge: float = RIDGE,
+def rank_neurons(text: Calibration, share: float, *, ridge: float = RIDGE,
                  advance: Callable[[], None] = lambda: None) -> Int[np.ndarray, "L F"]:
-    """``recover.removal_order`` in every layer of the dense model: neurons, the first to go first."""
+    """``recover.removal_order`` in every layer of the dense model, for ``keep_last`` with ``share`` or more."""
     streams, out = list(text.streams), []
     for layer, ffn in enumerate(ffn_layers(text.model)):
         parts = text.run(layer, streams)
         stats = _sum(_own_moments(part, m) for part, m in zip(parts, text.masks, strict=True))
-        out.append(recover.removal_order(stats, np.asarray(ffn["down"], np.float32), ridge=ridge))
+        out.append(recover.removal_order(stats, np.asarray(ffn["down"], np.float32), ridge=ridge,
+                                         until=int(0.8 * share * len(stats.x))))  # keep_last may cut deeper than share
         streams = [part.out for part in parts]
         advance()
     return np.stack(out)

@@ -279,11 +279,12 @@ def recovery(atlas: Any) -> None:
 
 
 def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -> dict[str, np.ndarray]:
-    tokens, mask = _calibration(atlas, lang)
+    cfg = atlas.cfg.prune
+    tokens, mask = _calibration(atlas, lang, cfg.own_tokens)
     text = Calibration(atlas.model, tokens, mask)
     ranking = atlas.run.load_npz(f"cache/ranking/{lang.code}")
     if ranking is None:
-        ranking = {"order": rank_neurons(text)}
+        ranking = {"order": rank_neurons(text, min(cfg.repair_shares))}
         atlas.run.save_npz(f"cache/ranking/{lang.code}", **ranking)
     keep = keep_last(ranking["order"], share)
     repair = sequential_refit(text, keep, advance=advance)
@@ -291,8 +292,8 @@ def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -
     dense = _dense(atlas, test)
     found = {"dense": dense.nll, "masked": atlas.scorer(test, keep).nll, "repaired": Scorer(repaired)(test, keep).nll,
              "tokens": dense.tokens, "residual": repair.residual}
-    cfg = atlas.cfg.prune
     if lang.code in cfg.distill and share == min(cfg.repair_shares):
+        tokens, mask = _calibration(atlas, lang, cfg.distill_tokens)
         student = stack(prune(repaired, keep))
         targets = teacher_targets(atlas.model, tokens, mask)
         with atlas.run.progress(cfg.distill_steps, "distilling") as step:
@@ -306,15 +307,15 @@ def _repair_one(atlas: Any, lang: Any, share: float, test: Rows, advance: Any) -
     return found
 
 
-def _calibration(atlas: Any, lang: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask) of the language's analysis and selection texts, and what the model writes after their openings."""
+def _calibration(atlas: Any, lang: Any, own: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) of the language's analysis and selection texts, and ``own`` tokens that the model writes."""
     cfg, window = atlas.cfg, atlas.cfg.text.window
     parts = [lang.parts[name] for name in ("analysis", "selection")]
     tokens, mask = (np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "mask"))
     limit = max(1, cfg.prune.refit_tokens // window)
     tokens, mask = tokens[:limit], mask[:limit]
-    if count := cfg.prune.own_tokens // window:
-        name = f"cache/own_words/{lang.code}"
+    if count := own // window:
+        name = f"cache/own_words/{lang.code}-{count}"
         found = atlas.run.load_npz(name)
         if found is None:
             openings = [row[:8].tolist() for row in np.resize(tokens[mask.all(1)], (count, window))]

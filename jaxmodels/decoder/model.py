@@ -103,7 +103,8 @@ class Decoder(nnx.Module):
           segments: int32[B, T]; tokens see only tokens of their own segment (documents packed into one row, each a run
             of one id; any order of ids).
           taps: what to record and what to change.
-          logits: ``all``, ``last`` (only the last position: [B, 1, V]) or ``none`` (the head is skipped; returns None).
+          logits: ``all``, ``last`` (only the last position: [B, 1, V]), ``none`` (no head; returns None), or ``hidden``
+            (what the head reads, [B, T, D], for ``unembed``).
 
         Returns:
           (float32[B, T, V], aux), aux: a dict of recordings by point, with a leading layer axis.
@@ -154,9 +155,13 @@ class Decoder(nnx.Module):
         if which == "none":
             return None
         x = self.norm(x[:, -1:] if which == "last" else x)
+        return x if which == "hidden" else self.unembed(x)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """The head: final hidden states [..., D] -> float32[..., V]."""
         if self.head is None:
-            return jnp.einsum("btd,vd->btv", x, self.embed[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return jnp.einsum("btd,dv->btv", x, self.head[...].astype(x.dtype), preferred_element_type=jnp.float32)
+            return jnp.einsum("...d,vd->...v", x, self.embed[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", x, self.head[...].astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7))
