@@ -279,7 +279,7 @@ def command_prune(arguments: argparse.Namespace) -> int:
     Either --keep FILE says what stays, or --language and --share choose: the experts (neurons, of a model that is not
     split) with the highest mean contribution on text of the language. With --repair, which needs --language, the rest
     is refitted to stand in for what is gone; of a dense model it then also chooses the neurons (those that the others
-    can replace least), and layers get widths of their own.
+    can replace least), and the first layer of a deep one stays whole.
     """
     if arguments.keep is not None and arguments.share is not None:
         raise UserError("--keep says what stays; leave --share out")

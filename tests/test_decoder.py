@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmodels import Taps
+from jaxmodels import Taps, UserError
 from jaxmodels.decoder.model import Cache
 from jaxmodels.experts.models import unroll
 from jaxmodels.hub.models import build, leaves
@@ -140,6 +140,15 @@ def test_the_head_runs_only_where_it_is_asked_for(tokens):
     close(last, model(tokens)[0][:, -1:])
     nothing, aux = model(tokens, logits="none", taps=Taps(record=("ffn.output",)))
     assert nothing is None and aux["ffn.output"].shape == (3, 2, T, 32)
+    hidden, _ = model(tokens, logits="hidden")
+    assert hidden.shape == (2, T, 32)
+    close(model.unembed(hidden), model(tokens)[0])
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(5, np.int32), np.zeros((2, 5, 1), np.int32), np.zeros((2, 5))])
+def test_tokens_of_another_shape_or_type_are_refused(wrong):
+    with pytest.raises(UserError, match=r"int32\[B, T\]"):
+        random_model(DENSE)(wrong)
 
 
 def test_a_sharded_batch_on_eight_devices(model):

@@ -25,6 +25,7 @@ from jaxmodels.layers.attention import NO_WINDOW
 from jaxmodels.taps import Taps
 
 PULL = 0.5  # measured on French and German, see docs/log.md
+OPENING = 8  # tokens of a real text that the model goes on from
 RIDGE = 0.1  # of the mean variance: calibration texts are short and of another domain than what follows
 
 
@@ -103,19 +104,24 @@ def sequential_refit(text: Calibration, keep: Bool[np.ndarray, "L F"], *, ridge:
     return Repair(*(np.stack(values) for values in zip(*out, strict=True)))
 
 
-def own_words(model: Decoder, openings: list[list[int]], length: int, *, batch: int = 64,
-              seed: int = 0) -> Int[np.ndarray, "R T"]:
-    """Text that the model writes itself (temperature 1) after short openings: calibration text where there is little.
+def own_words(model: Decoder, tokens: Int[np.ndarray, "R T"], mask: Bool[np.ndarray, "R T"], count: int, *,
+              batch: int = 64, seed: int = 0) -> Int[np.ndarray, "count T"]:
+    """Text that the model writes itself (temperature 1) after the first words of ``tokens``: calibration text where
+    there is little.
 
-    It covers what the model knows of a language rather than one kind of document. Returns rows of ``length`` tokens,
+    It covers what the model knows of a language rather than one kind of document. Returns ``count`` rows of T tokens,
     the opening included. Unroll the model first: it decodes faster.
     """
-    out = []
-    for start in range(0, len(openings), batch):
-        part = openings[start:start + batch]
-        rows = generate(model, part, length - min(map(len, part)), sampling=Sampling(temperature=1.0),
-                        seed=seed + start, stop_ids=())
-        out += [(opening + row)[:length] for opening, row in zip(part, rows, strict=True)]
+    opening = min(OPENING, tokens.shape[1] // 2)
+    starts = tokens[mask.all(1), :opening]
+    if not len(starts):
+        raise UserError(f"the text does not fill one window of {tokens.shape[1]} tokens; give more text")
+    openings, out = np.resize(starts, (count, opening)).tolist(), []
+    for first in range(0, count, batch):
+        part = openings[first:first + batch]
+        rows = generate(model, part, tokens.shape[1] - opening, sampling=Sampling(temperature=1.0), seed=seed + first,
+                        stop_ids=())
+        out += [start + row for start, row in zip(part, rows, strict=True)]
     return np.asarray(out, np.int32)
 
 

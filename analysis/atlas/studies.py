@@ -318,8 +318,7 @@ def _calibration(atlas: Any, lang: Any, own: int) -> tuple[np.ndarray, np.ndarra
         name = f"cache/own_words/{lang.code}-{count}"
         found = atlas.run.load_npz(name)
         if found is None:
-            openings = [row[:8].tolist() for row in np.resize(tokens[mask.all(1)], (count, window))]
-            found = {"tokens": own_words(unroll(atlas.model), openings, window, seed=cfg.seed)}
+            found = {"tokens": own_words(unroll(atlas.model), tokens, mask, count, seed=cfg.seed)}
             atlas.run.save_npz(name, **found)
         tokens = np.concatenate([tokens, found["tokens"]])
         mask = np.concatenate([mask, np.ones(found["tokens"].shape, bool)])
