@@ -1,8 +1,8 @@
 """The `jaxmodels` command (architecture.md section 4): the one place that may import any room, lazily.
 
-Exit codes: 0 done, 2 bad input, 74 cannot save, 75 interrupted and saved, 1 anything else. An error is one line on
-stderr; ``--debug`` shows the traceback. Results go to stdout, plain and untruncated when piped; progress to stderr.
-Nothing heavy is imported before a command needs it, so ``list`` and ``--help`` answer at once.
+Exit codes: 0 done, 2 bad input, 74 cannot save, 75 interrupted and saved, 130 interrupted, 1 anything else. An error
+is one line on stderr; ``--debug`` shows the traceback. Results go to stdout, plain and untruncated when piped;
+progress to stderr. Nothing heavy is imported before a command needs it, so ``list`` and ``--help`` answer at once.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `jaxmodels list | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # outside a run, which saves and raises Interrupted
         print("jaxmodels: interrupted", file=sys.stderr)
-        return Interrupted.exit_code
+        return 130
     except (UserError, Interrupted) as error:
         print(f"jaxmodels: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -206,8 +206,8 @@ def _split_arguments(parser: Parser) -> None:
     parser.add_argument("--text", metavar="SOURCE[:LANG,LANG]", help="text for coactivation, markers (default gettext) "
                         "and importance (a cluster of experts for each language)")
     parser.add_argument("--shared", type=int, default=0, metavar="N", help="always-on experts (markers, importance)")
-    parser.add_argument("--router", default="all", help="all (default: exact), similarity, linear, mlp, markers, "
-                        "oracle or random")
+    parser.add_argument("--router", default="all", help="all (default: exact), similarity, markers, oracle, "
+                        "random, or linear and mlp (which start as similarity does and are yet to be trained)")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token, for every router but all")
     parser.add_argument("--block", type=int, default=1, metavar="T", help="neighbouring tokens routed together")
     parser.add_argument("--seed", type=int, default=0)
@@ -376,7 +376,12 @@ def command_generate(arguments: argparse.Namespace) -> int:
     if prompts is None:
         if sys.stdin.isatty():
             raise UserError("no prompt; give --prompt TEXT or pipe lines into the command")
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        from train.data.text import decode
+
+        text, replaced = decode(sys.stdin.buffer.read())
+        if replaced:
+            print(f"jaxmodels: {replaced} invalid UTF-8 sequences on stdin were replaced", file=sys.stderr)
+        prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts or not all(prompts):
         raise UserError("an empty prompt; give at least one character")
     limits = {

@@ -44,7 +44,7 @@ def overrides(inputs, **more):
         "preset": "tiny", "model": str(inputs / "model"), "text.source": f"path:{inputs / 'texts'}",
         "text.languages": "en,de,fr,es", "text.window": "32", "text.test_tokens": "1024", "text.batch": "8",
         "split.method": "kmeans", "split.expert_size": "8", "prune.panel": "en,de,fr", "prune.shares": "0.5,0.25",
-        "prune.transfer": "gettext-is-not-used", "prune.interventions": "zero,mean,p10,p90", "profile.neurons": "true",
+        "prune.transfer": "tico19:/not/here", "prune.interventions": "zero,mean,p10,p90", "profile.neurons": "true",
         "prune.own_tokens": "64", "prune.distill": "en", "prune.distill_steps": "3",
         "prune.distill_tokens": "64", "speed.prefill": "32"}
     return [f"{k}={v}" for k, v in (values | {k.replace("__", "."): v for k, v in more.items()}).items()]
@@ -139,6 +139,11 @@ def comparable(results):
     ({"prune__shares": "0"}, "above 0"),
     ({"profile__main_share": "0.7"}, "main_share"),
     ({"prune__interventions": "mean"}, "begin with zero"),
+    ({"prune__transfer": "uhdr"}, "udhr"),
+    ({"prune__repair_shares": "1.5"}, "prune.repair_shares"),
+    ({"prune__panel": "en"}, "at least 2 languages"),
+    ({"text__batch": "0"}, "text.batch 0"),
+    ({"split__method": "markers"}, "kmeans or random"),
     ({"prune__distill": "en,fr"}, "'fr', which is not repaired"),
     ({"model": "smollm3"}, "smollm"),
 ])

@@ -351,10 +351,13 @@ def test_generate_reads_prompts_from_anywhere(places, capsys, monkeypatch, tmp_p
     assert lines("--prompt", "hello", "--prompt", "a b") == "".join(f"{text}\n" for text in chat)  # it has a template
     import io
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\na b\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n\na b\n")))
     assert lines("--no-chat", "--dtype", "float32") == "".join(f"{text}\n" for text in expected)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello \xff\n")))
+    assert cli.main(["generate", str(places / "model"), "--max-new-tokens", "1", "--no-chat"]) == 0
+    assert "1 invalid UTF-8" in capsys.readouterr().err
     refused(capsys, "dtype 'float8' is not one of", "generate", places / "model", "--prompt", "x", "--dtype", "float8")
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     refused(capsys, "empty prompt", "generate", places / "model")
     refused(capsys, "no tokenizer.json", "generate", places / "bare", "--prompt", "x")
 

@@ -136,7 +136,7 @@ def test_equal_widths_after_pruning_load_stacked_or_unrolled(dense, tmp_path):
     same(unroll(jaxmodels.load(folder)), small)
 
 
-def test_split_layers_of_unequal_width(dense, tokens):
+def test_split_layers_of_unequal_width(dense, tokens, tmp_path):
     """A pruned model can be split again, into equally many experts a layer."""
     keep = np.arange(F)[None] < np.array([[24], [12]])
     small = jaxmodels.prune(dense, keep)
@@ -145,6 +145,7 @@ def test_split_layers_of_unequal_width(dense, tokens):
     model, split = jaxmodels.split(small, num_experts=E)
     assert model.cfg.ffn_widths == (6, 3) and [s.expert_size for s in split.layers] == [6, 3]
     close(model(tokens)[0], small(tokens)[0], 1e-5)
+    same(jaxmodels.load(jaxmodels.save(model, tmp_path / "split")), model)
 
 
 def test_refitted_down_projections_round_trip(tokens, tmp_path):

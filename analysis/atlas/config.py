@@ -27,7 +27,7 @@ class TextConfig:
 class SplitConfig:
     """How feed-forward layers are split into experts."""
 
-    method: str = "kmeans"  # kmeans, coactivation, random or markers
+    method: str = "kmeans"  # kmeans or random
     expert_size: int = 32  # neurons of an expert
     vector: str = "gate"  # gate, up or concat: what stands for a neuron in kmeans
     restarts: int = 2  # starts of kmeans, the best is kept
@@ -77,6 +77,12 @@ class SpeedConfig:
     repeats: int = 7
 
 
+_POSITIVE = ("text.window", "text.test_tokens", "text.selection_tokens", "text.batch", "split.expert_size",
+             "split.restarts", "profile.permutations", "prune.random_seeds", "prune.bootstrap",
+             "prune.repair_languages", "prune.refit_tokens", "prune.distill_steps", "speed.prefill", "speed.decode",
+             "speed.repeats")
+
+
 @dataclasses.dataclass(frozen=True)
 class AtlasConfig:
     """The whole study."""
@@ -95,8 +101,22 @@ class AtlasConfig:
         if self.profile.main_share not in self.profile.shares:
             raise UserError(f"profile.main_share {self.profile.main_share} is not one of profile.shares "
                             f"{list(self.profile.shares)}; add it there")
+        for name in _POSITIVE:
+            part, _, key = name.partition(".")
+            value = getattr(getattr(self, part), key)
+            if value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed} must be at least 0")
+        if not 0 < self.profile.lape_rate <= 1:
+            raise UserError(f"profile.lape_rate {self.profile.lape_rate} must be above 0 and at most 1")
+        if len(self.prune.panel) < 2:
+            raise UserError(f"prune.panel {list(self.prune.panel)} must name at least 2 languages")
+        if self.split.method not in ("kmeans", "random"):
+            raise UserError(f"split.method {self.split.method!r}: the atlas splits by kmeans or random; the methods "
+                            "that read text are in jaxmodels split")
         for name, shares in (("profile.shares", self.profile.shares), ("prune.shares", self.prune.shares),
-                             ("speed.shares", self.speed.shares)):
+                             ("prune.repair_shares", self.prune.repair_shares), ("speed.shares", self.speed.shares)):
             if not shares or not all(0 < s <= 1 for s in shares):
                 raise UserError(f"{name} {list(shares)} must be numbers above 0 and at most 1")
         if unknown := sorted(set(self.prune.rules) - set(RULES)):

@@ -14,15 +14,22 @@ from analysis.atlas.rules import BEST, MAIN
 from analysis.report.html import Report
 from train.runtime.files import load_npz, read_json
 
+NEURONS = "neuron contribution uniform"
+
 LIMITS = """
-- SmolLM2 is an English-centred model of 135 million parameters; of many languages here it has seen little, and the
-  weights are the 4-bit (Q4_1) ones, de-quantised. Nothing here says that larger or other models behave alike.
-- The texts are messages of a web framework: short, technical, similar in content. Genealogy, script and shared tokens
-  are hard to tell apart; the partial Mantel test says how much is left of genealogy when the others are accounted for.
-- An expert here is a group of 32 neurons that was cut out afterwards; the model was not trained with experts.
+- Genealogy, script and shared tokens are hard to tell apart; the partial Mantel test says how much is left of genealogy
+  when the others are accounted for.
+- An expert here is a group of {expert_size} neurons that was cut out afterwards; the model was trained without experts.
 - Contribution |h|·‖down‖ is an upper bound of what a neuron adds, not a causal effect; the switching-off tables are.
 - Times are of this machine and this run; they are ratios to the dense model timed in turn.
 """
+OF_MODEL = {"smollm2-135m-instruct": """
+- SmolLM2 is an English-centred model of 135 million parameters; of many languages here it has seen little, and the
+  weights are the 4-bit (Q4_1) ones, de-quantised. Nothing here says that larger or other models behave alike.
+"""}
+OF_TEXT = {"gettext": """
+- The texts are messages of a web framework: short, technical, similar in content.
+"""}
 
 
 def build(directory: str | Path) -> Path:
@@ -30,26 +37,29 @@ def build(directory: str | Path) -> Path:
     directory = Path(directory)
     results = read_json(directory / "results.json") or {}
     about = read_json(directory / "config.json") or {}
-    data = {name: load_npz(directory / f"{name}.npz") for name in ("profiles", "lape", "pruning", "recovery", "speed")}
+    stages = ("profiles", "lape", "pruning", "pruning_means", "recovery", "speed")
+    data = {name: load_npz(directory / f"{name}.npz") for name in stages}
     listed = read_json(directory / "languages.json") or {"languages": [], "left_out": []}
     languages = listed["languages"]
     config = about.get("config", {})
     report = Report("Language atlas", f"Which experts of {config.get('model')} serve which language")
-    _summary(report, results, languages)
+    _summary(report, results, languages, config)
     if data["profiles"] is not None:
         _maps(report, data["profiles"], languages, config, results)
         _families(report, data["profiles"], languages, results)
         _classes(report, data["profiles"], results)
     if data["lape"] is not None:
         _lape(report, data["lape"], languages, config, results)
-    if data["pruning"] is not None:
-        _pruning(report, _rows(data["pruning"]), results)
+    if data["pruning"] is not None and data["pruning_means"] is not None:
+        _pruning(report, *(_rows(data[name] or {}) for name in ("pruning", "pruning_means", "speed")), results)
     if data["recovery"] is not None:
-        _recovery(report, _rows(data["recovery"]), results)
+        _recovery(report, _rows(data["recovery"]), config, results)
     if data["speed"] is not None:
         _speed(report, _rows(data["speed"]))
     report.section("Honest limits")
-    report.text(LIMITS)
+    limits = (OF_MODEL.get(config.get("model"), ""), OF_TEXT.get(config.get("text", {}).get("source"), ""),
+              LIMITS.format(expert_size=config.get("split", {}).get("expert_size")))
+    report.text("".join(part.strip() + "\n" for part in limits if part))
     _method(report, results, about, listed)
     return report.save(directory / "report.html")
 
@@ -59,9 +69,11 @@ def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in zip(*(columns[n].tolist() for n in names), strict=True)]
 
 
-def _summary(report: Report, results: dict[str, Any], languages: list[dict[str, Any]]) -> None:
+def _summary(report: Report, results: dict[str, Any], languages: list[dict[str, Any]], config: dict[str, Any]
+             ) -> None:
     cards = [(f"{results.get('languages', len(languages))}", "languages", "with enough text to be profiled")]
-    if (r := results.get("split_half_centred_0.2")) is not None:
+    share = config.get("profile", {}).get("main_share", 0.2)
+    if (r := results.get(f"split_half_centred_{share:g}")) is not None:
         cards.append((f"{r:.3f}", "split-half r", "of profiles centred over languages, mean"))
     if (d := results.get("family_difference")) is not None:
         cards.append((f"{d:+.2f}", "within − between families", f"mean r; p = {results['family_p']:.4f}"))
@@ -77,7 +89,7 @@ def _summary(report: Report, results: dict[str, Any], languages: list[dict[str, 
 def _maps(report, data, languages, config, results) -> None:
     share = config.get("profile", {}).get("main_share", 0.2)
     f = data[f"frequency_{share:g}"]
-    names, families = [x["name"] for x in languages], [x["family"] for x in languages]
+    names, families = [x["name"] for x in languages], [x["family"] or None for x in languages]
     report.section("Which experts each language uses",
                    f"An expert is used by a token if it is among the {share:.0%} that contribute most. 1 is chance; "
                    "rows that look alike are languages that use the same experts.")
@@ -92,11 +104,12 @@ def _maps(report, data, languages, config, results) -> None:
         f"Reliability: profiles of two halves of the text agree with r = {results[f'split_half_centred{tag}']:.3f} "
         f"(mean over languages; lowest {results[f'split_half_centred_lowest{tag}']:.3f}) once the mean profile is "
         f"subtracted. Uncentred it is {results[f'split_half_raw{tag}']:.3f}, which says little: all languages "
-        f"share most of their profile. Shuffled expert labels give {results[f'split_half_floor{tag}']:.3f} at most.")
+        f"share most of their profile. Shuffled expert labels stay below {results[f'split_half_floor{tag}']:.3f} in "
+        "95 % of shuffles (mean over languages).")
 
 
 def _families(report, data, languages, results) -> None:
-    names, families = [x["name"] for x in languages], [x["family"] for x in languages]
+    names, families = [x["name"] for x in languages], [x["family"] or None for x in languages]
     report.section("Which languages group together",
                    "Similarity is the correlation of profiles centred over languages, all layers together.")
     tree = Dendrogram(data["linkage"], results["cophenetic"], data["order"])
@@ -106,6 +119,9 @@ def _families(report, data, languages, results) -> None:
                   "All pairs, in the order of the tree.", name="similarity", alt="Similarity of all pairs of languages",
                   data=[{"language": n, **dict(zip(names, map(float, row), strict=True))}
                         for n, row in zip(names, data["similarity"], strict=True)])
+    if "curve" not in data:
+        report.text("Fewer than three languages here have a known family: nothing to compare with.")
+        return
     curve = Curve(*data["curve"])
     report.figure(figures.depth_curve(curve), "Within-family minus between-family similarity over depth; the band is "
                   "where 95 % of shuffled labels fall.", name="depth", alt="Within minus between over layers",
@@ -138,8 +154,9 @@ def _classes(report, data, results) -> None:
 def _lape(report, data, languages, config, results) -> None:
     names = [x["name"] for x in languages]
     panel = config["prune"]["panel"]
-    report.section("Neurons of one language", "Language activation probability entropy picks the 1 % of neurons whose "
-                   "gates open for few languages only. Each row of the matrix switches one language's neurons off.")
+    report.section("Neurons of one language", "Language activation probability entropy picks the "
+                   f"{100 * config['profile']['lape_rate']:g} % of neurons whose gates open for few languages "
+                   "only. Each row of the matrix switches one language's neurons off.")
     report.figure(figures.language_neurons(data["language"], names), "How many such neurons each language has, by "
                   "layer.", name="lape", alt="Language neurons by language and layer",
                   data=[{"language": n, "neurons": int(v)} for n, v in
@@ -163,43 +180,51 @@ def _lape(report, data, languages, config, results) -> None:
                 + (f" As many random neurons in each layer: {random:+.3f}." if random is not None else ""))
 
 
-def _pruning(report, rows, results) -> None:
+def _pruning(report, rows, means, speed, results) -> None:
     report.section("Keeping only a language's experts", "Excess loss over the whole model on held-out text, mean over "
                    "the panel. Intervals are 95 % bootstrap intervals over texts.")
     shares = sorted({r["share"] for r in rows}, reverse=True)
-    own = [r for r in rows if r["language"] == r["test"]]
-    schemes = list(dict.fromkeys(r["scheme"] for r in own))
-
-    def mean(scheme: str, share: float, chosen) -> Interval:
-        found = [r for r in chosen if r["scheme"] == scheme and r["share"] == share]
-        return Interval(*(float(np.mean([r[k] for r in found])) for k in ("excess", "low", "high")))
-
-    drawn = [s for s in (MAIN, BEST, "neuron contribution uniform", "random", "lowest frequency") if s in schemes]
+    found = {(r["scheme"], r["share"], r["own"]): Interval(r["excess"], r["low"], r["high"]) for r in means}
+    schemes = list(dict.fromkeys(r["scheme"] for r in means if r["own"]))
+    drawn = [s for s in (MAIN, BEST, NEURONS, "random", "lowest frequency") if s in schemes]
     report.figure(figures.quality_curves([100 * s for s in shares],
-                                         {s: [mean(s, share, own) for share in shares] for s in drawn}, log=True),
+                                         {s: [found[s, share, True] for share in shares] for s in drawn}, log=True),
                   "Loss against the kept share of the feed-forward layers.", name="quality",
                   alt="Excess loss by kept share and rule",
-                  data=[{"scheme": s, "share": share, **mean(s, share, own)._asdict()} for s in schemes
+                  data=[{"scheme": s, "share": share, **found[s, share, True]._asdict()} for s in schemes
                         for share in shares])
-    report.table([{"rule": s, **{f"{share:.0%} kept": mean(s, share, own).value for share in shares}}
+    timed = sorted({r["share"] for r in speed} & set(shares), reverse=True)
+    if timed and NEURONS in schemes:
+        faster = {(r["phase"], r["share"]): r["speedup"] for r in speed}
+        for phase in dict.fromkeys(r["phase"] for r in speed):
+            report.figure(figures.quality_curves(
+                [faster[phase, share] for share in timed], {NEURONS: [found[NEURONS, share, True] for share in timed]},
+                x_label=f"speed relative to the dense model ({phase})", title=f"Quality against speed, {phase}"),
+                "The models that were timed: single neurons by contribution, not repaired.", name=f"quality-{phase}",
+                alt=f"Excess loss against speed-up, {phase}",
+                data=[{"share": share, "speedup": faster[phase, share], **found[NEURONS, share, True]._asdict()}
+                      for share in timed])
+    report.table([{"rule": s, **{f"{share:.0%} kept": found[s, share, True].value for share in shares}}
                   for s in schemes], caption="Excess loss, nats a token, in the language whose list it is.",
                  name="pruning-own")
-    other = [r for r in rows if r["language"] != r["test"]]
-    report.table([{"rule": s, **{f"{share:.0%} kept": mean(s, share, other).value for share in shares}}
-                  for s in dict.fromkeys(r["scheme"] for r in other)],
+    report.table([{"rule": s, **{f"{share:.0%} kept": found[s, share, False].value for share in shares}}
+                  for s in dict.fromkeys(r["scheme"] for r in means if not r["own"])],
                  caption="The same lists read in other languages: what is lost there.", name="pruning-other")
-    panel = len({r["language"] for r in own})
+    panel = len({r["language"] for r in rows})
     report.text("Frequency pruning is clearly better than random pruning (intervals that do not overlap, every seed) "
                 "in " + ", ".join(f"{results[f'frequency_beats_random_clearly_{s:g}']} of {panel} languages at "
                                   f"{s:.0%}" for s in shares) + ".")
     report.table(rows, caption="Every measurement.", name="pruning-all")
 
 
-def _recovery(report, rows, results) -> None:
+def _recovery(report, rows, config, results) -> None:
+    own = config.get("prune", {}).get("own_tokens")
+    distilled = sorted({r["language"] for r in rows if r["step"] == "distilled"})
     report.section("Repairing a pruned model", "Neurons that the others can replace least are kept; the down "
-                   "projections are then refitted in closed form, layer by layer, without training. Distilled: trained "
-                   "further to predict what the whole model predicts. Calibrated on the main texts and on the model's "
-                   f"own words, tested on: {results.get('recovery_tested_on')}.")
+                   "projections are then refitted in closed form, layer by layer, without training. Calibrated on the "
+                   f"main texts{' and on what the model writes itself' if own else ''}; tested on: "
+                   f"{results.get('recovery_tested_on')}." + (" Distilled: trained further to predict what the whole "
+                   f"model predicts ({', '.join(distilled)} only)." if distilled else ""))
     table = []
     for lang in dict.fromkeys(r["language"] for r in rows):
         row: dict[str, Any] = {"language": lang}

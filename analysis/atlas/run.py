@@ -14,11 +14,13 @@ from analysis.atlas.collect import Collector, expert_k, token_histogram
 from analysis.atlas.config import AtlasConfig
 from analysis.atlas.quality import Scorer
 from analysis.atlas.text import Language, prepare
+from jaxmodels.errors import UserError
 from jaxmodels.experts.models import ffn_layers
 from jaxmodels.experts.split import find_split
 from jaxmodels.hub.resolve import resolve
 from jaxmodels.hub.tokenizer import load_tokenizer
-from train.data.sources import text_source
+from train.data.sources import is_source, text_source
+from train.runtime.files import write_json
 
 
 @dataclasses.dataclass
@@ -54,7 +56,10 @@ def run(cfg: AtlasConfig, folder: Any) -> None:
     path = resolve(cfg.model)
     tokenizer = load_tokenizer(path)
     languages, short = prepare(text_source(cfg.text.source), tokenizer, cfg.text, cfg.prune.panel, cfg.seed)
+    if not is_source(cfg.prune.transfer):
+        text_source(cfg.prune.transfer)  # says what there is
     model = jaxmodels.load(path)
+    check_model(model, cfg)
     perm, num_experts = split_layers(model, cfg, folder)
     collector = Collector(model, perm, cfg, num_experts, folder)
     atlas = Atlas(cfg, folder, model, tokenizer, languages, perm, num_experts, collector, Scorer(model))
@@ -68,6 +73,16 @@ def run(cfg: AtlasConfig, folder: Any) -> None:
         studies.recovery(atlas)
     studies.speed(atlas)
     folder.write_results({"finished": True})
+
+
+def check_model(model: Any, cfg: AtlasConfig) -> None:
+    """Raises UserError for a model that the atlas cannot cut up, before anything is read."""
+    if model.cfg.experts is not None:
+        raise UserError(f"{cfg.model} has experts already; the atlas splits a dense model")
+    if len(set(model.cfg.ffn_widths)) > 1:
+        raise UserError(f"the layers of {cfg.model} have unequal widths (it was pruned); give the whole model")
+    if cfg.prune.recover and model.cfg.norm_placement != "pre":
+        raise UserError(f"{cfg.model} normalises after its layers, which repair lacks; set prune.recover=false")
 
 
 def split_layers(model, cfg: AtlasConfig, folder) -> tuple[np.ndarray, int]:
@@ -96,7 +111,7 @@ def write_languages(atlas: Atlas, short: list[tuple[str, int]]) -> None:
     rows = [{"code": lang.code, "name": lang.name, "family": lang.family, "script": lang.script,
              "variant_of": lang.variant_of, "tokens_per_byte": lang.fertility, "replaced": lang.replaced,
              "analysis_tokens": lang.parts["analysis"].count} for lang in atlas.languages]
-    (atlas.run.path("languages.json")).write_text(json.dumps({"languages": rows, "left_out": short}, indent=1))
+    write_json(atlas.run.path("languages.json"), {"languages": rows, "left_out": short})
     histograms = np.stack([token_histogram(lang, atlas.model.cfg.vocab_size) for lang in atlas.languages])
     atlas.run.save_npz("cache/histograms", counts=histograms)
     atlas.run.write_results({

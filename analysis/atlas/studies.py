@@ -1,5 +1,6 @@
 """The questions that the atlas asks, one function each. Every function writes its arrays and flat results once."""
 
+import collections
 import math
 from typing import Any
 
@@ -8,17 +9,16 @@ import numpy as np
 from analysis.activations import pick_taps
 from analysis.atlas import classes, families, similarity
 from analysis.atlas.collect import batches, expert_k
-from analysis.atlas.intervals import excess
+from analysis.atlas.intervals import excess, panel_excess
 from analysis.atlas.lape import change_summary, lape, random_like
 from analysis.atlas.pruning import Scores, mask_of, plan
 from analysis.atlas.quality import Scorer, Texts
 from analysis.atlas.repair import Calibration, own_words, rank_neurons, sequential_refit
 from analysis.atlas.rules import BEST, MAIN
 from analysis.atlas.text import Rows, pack
-from jaxmodels.errors import UserError
 from jaxmodels.experts.models import prune, stack, unroll, with_down
 from jaxmodels.experts.recover import keep_last
-from train.data.sources import text_source
+from train.data.sources import text_source, where
 from train.distill import distill, teacher_targets
 
 RECOVERY = ("masked", "repaired", "distilled")  # what is done to a pruned model, each on top of the one before
@@ -49,7 +49,7 @@ def profiles(atlas: Any) -> None:
                    f"reliability_raw{tag}": reliability.raw}
     f = arrays[f"frequency_{atlas.cfg.profile.main_share:g}"].astype(np.float64)
     results |= _families(atlas, f, arrays)
-    labels = [lang.family for lang in langs]
+    labels = [lang.family or None for lang in langs]
     kinds = classes.classify(f, labels)
     arrays |= {"class_counts": kinds.counts(), "class_of_language": kinds.by_language(),
                "jaccard": similarity.jaccard_top(f), "jensen_shannon": similarity.jensen_shannon(f)}
@@ -68,13 +68,16 @@ def _families(atlas: Any, f: np.ndarray, arrays: dict[str, np.ndarray]) -> dict[
     centred = similarity.centre(f)
     r = similarity.correlation(centred)
     # Regional variants of one language count once; languages without a known family are left out of these tests.
-    use = np.asarray([i for i, lang in enumerate(langs) if lang.family and not lang.variant_of])
+    use = np.asarray([i for i, lang in enumerate(langs) if lang.family and not lang.variant_of], int)
     labels = [langs[i].family for i in use]
+    tree = families.dendrogram(r)
+    arrays |= {"similarity": r, "order": tree.order, "linkage": tree.linkage, "used": use}
+    if len(use) < 3:  # texts under names that are no language codes: nothing to compare with
+        return {"cophenetic": tree.cophenetic}
     inside = r[np.ix_(use, use)]
     overall = families.within_between(inside, labels, permutations, atlas.cfg.seed)
     layers = similarity.correlation_by_layer(centred)
     curve = families.within_between_curve(layers[:, use][:, :, use], labels, permutations, atlas.cfg.seed)
-    tree = families.dendrogram(r)
     histogram = families.histogram_distance(run.load_npz("cache/histograms")["counts"][use])
     script = 1.0 - families.same([langs[i].script for i in use])
     distance, related = 1.0 - inside, families.family_distance(labels)
@@ -94,9 +97,8 @@ def _families(atlas: Any, f: np.ndarray, arrays: dict[str, np.ndarray]) -> dict[
             results[f"r_{a}_{b}"] = float(r[by_code[a], by_code[b]])
     near = families.nearest_neighbours(inside, 1)[:, 0]
     share = [labels[j] == labels[i] for i, j in enumerate(near) if labels.count(labels[i]) > 1]
-    results["nearest_neighbour_in_family"] = float(np.mean(share))
-    arrays |= {"similarity": r, "order": tree.order, "linkage": tree.linkage, "curve": np.stack(
-        [curve.difference, curve.low, curve.high, curve.p]), "nearest": use[near], "used": use}
+    results["nearest_neighbour_in_family"] = float(np.mean(share)) if share else None
+    arrays |= {"curve": np.stack([curve.difference, curve.low, curve.high, curve.p]), "nearest": use[near]}
     return results
 
 
@@ -189,6 +191,7 @@ def pruning(atlas: Any) -> None:
               for lang in panel}
     norms = np.asarray(atlas.collector.norms)
     rows: list[dict[str, Any]] = []
+    seeds: dict[tuple[str, float, str, str], list[np.ndarray]] = collections.defaultdict(list)
     jobs = [(lang.code, job) for lang in panel for job in plan(cfg, lang.code, tuple(tests))]
     with run.progress(len(jobs), "pruning") as advance:
         for code, (scheme, share, seed, test) in jobs:
@@ -201,10 +204,26 @@ def pruning(atlas: Any) -> None:
                     kept = {"nll": atlas.scorer(tests[test], mask).nll}
                     run.save_npz(name, **kept)
                 rows.append(_row(atlas, code, test, scheme, share, seed, mask, kept["nll"]))
+                seeds[scheme, share, code, test].append(kept["nll"])
             advance(1, code)
             run.check_stop()
-    _write_rows(atlas, "pruning", rows)
     _pruning_results(atlas, rows)
+    _write_rows(atlas, "pruning_means", _panel_means(atlas, seeds))
+    _write_rows(atlas, "pruning", rows)  # last: what marks the stage as done
+
+
+def _panel_means(atlas: Any, seeds: dict[tuple[str, float, str, str], list[np.ndarray]]) -> list[dict[str, Any]]:
+    """Excess loss of every rule and share, mean over the panel, with the interval of that mean."""
+    tests = {lang.code: _dense(atlas, lang.parts["test"]) for lang in atlas.panel}
+    cases: dict[tuple[str, float, bool], list[tuple]] = collections.defaultdict(list)
+    for (scheme, share, code, test), found in seeds.items():
+        cases[scheme, share, code == test].append((tests[test].nll, np.mean(found, 0), tests[test].tokens))
+    rows = []
+    for (scheme, share, own), case in cases.items():
+        interval = panel_excess(case, atlas.cfg.prune.bootstrap, atlas.cfg.seed)
+        rows.append({"scheme": scheme, "share": share, "own": own, "excess": interval.value, "low": interval.low,
+                     "high": interval.high})
+    return rows
 
 
 def _row(atlas: Any, code: str, test: str, scheme: str, share: float, seed: int, mask: np.ndarray,
@@ -249,7 +268,7 @@ def recovery(atlas: Any) -> None:
     run, cfg = atlas.run, atlas.cfg
     if run.load_npz("recovery") is not None:
         return
-    transfer, domain = _transfer_rows(atlas)
+    transfer = _transfer_rows(atlas)
     rows: list[dict[str, Any]] = []
     jobs = [(lang, share) for lang in atlas.panel[:cfg.prune.repair_languages]
             for share in cfg.prune.repair_shares]
@@ -274,7 +293,7 @@ def recovery(atlas: Any) -> None:
         for step in RECOVERY:
             if values := [r["excess"] for r in rows if r["share"] == share and r["step"] == step]:
                 results[f"recovery_{step}_{share:g}"] = float(np.mean(values))
-    run.write_results(results | {"recovery_tested_on": domain})
+    run.write_results(results)
     _write_rows(atlas, "recovery", rows)
 
 
@@ -325,21 +344,37 @@ def _calibration(atlas: Any, lang: Any, own: int) -> tuple[np.ndarray, np.ndarra
     return tokens, mask
 
 
-def _transfer_rows(atlas: Any) -> tuple[dict[str, Rows], str]:
-    """Test rows of another domain for every panel language, else the main source's own test part, and which it is."""
+def _transfer_rows(atlas: Any) -> dict[str, Rows]:
+    """Test rows of another domain for every panel language, else the main source's own test part."""
     cfg = atlas.cfg
     own = {lang.code: lang.parts["test"] for lang in atlas.panel}
-    try:
-        texts = {t.code: t for t in text_source(cfg.prune.transfer)}
-    except UserError:
-        return own, f"{cfg.text.source} (held-out part; {cfg.prune.transfer} is not here)"
-    out = {}
-    for lang in atlas.panel:
-        text = texts.get(lang.code) or next((t for c, t in texts.items() if c.split("-")[0] == lang.code), None)
-        if text is None:
-            return own, f"{cfg.text.source} (held-out part; {cfg.prune.transfer} lacks {lang.code})"
-        out[lang.code] = pack(text.texts, atlas.tokenizer, cfg.text.window, cfg.text.test_tokens + cfg.text.window)
-    return out, cfg.prune.transfer
+    # The run's first answer stands: the texts may be elsewhere when it is resumed.
+    name = atlas.run.results().get("recovery_tested_on") or _domain(atlas)
+    atlas.run.write_results({"recovery_tested_on": name})
+    if name != cfg.prune.transfer:
+        return own
+    texts = {t.code: t for t in text_source(cfg.prune.transfer)}
+    return {code: pack(_of_language(texts, code).texts, atlas.tokenizer, cfg.text.window,
+                       cfg.text.test_tokens + cfg.text.window) for code in own}
+
+
+def _domain(atlas: Any) -> str:
+    cfg = atlas.cfg
+    held_out = f"{cfg.text.source}, held-out part"
+    if cfg.prune.transfer == cfg.text.source:
+        return held_out
+    if where(cfg.prune.transfer) is None:
+        return f"{held_out} ({cfg.prune.transfer} is not here)"
+    texts = {t.code: t for t in text_source(cfg.prune.transfer)}
+    lacking = [lang.code for lang in atlas.panel if _of_language(texts, lang.code) is None]
+    return f"{held_out} ({cfg.prune.transfer} lacks {lacking[0]})" if lacking else cfg.prune.transfer
+
+
+def _of_language(texts: dict[str, Any], code: str) -> Any:
+    """The text of a language, else of its main variant (of German spellings the newest), else of any, or None."""
+    base = code.split("-")[0]
+    kin = sorted((t for c, t in texts.items() if c.split("-")[0] == base), key=lambda t: bool(t.variant_of))
+    return texts.get(code) or (kin[0] if kin else None)
 
 
 def speed(atlas: Any) -> None:
@@ -351,8 +386,6 @@ def speed(atlas: Any) -> None:
     lang = atlas.panel[0]
     scores = Scores.of(atlas.collector.get(lang, "selection"), atlas.perm, atlas.num_experts, atlas.k)
     rows = measure(atlas.model, np.asarray(scores.neuron_contribution), atlas.cfg.speed, atlas.run)
-    _write_rows(atlas, "speed", rows)
     atlas.run.write_results({f"speed_{row['phase']}_{row['share']:g}_of_ceiling": row["of_ceiling"] for row in rows
                              if row["share"] < 1})
-
-
+    _write_rows(atlas, "speed", rows)

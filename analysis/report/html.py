@@ -127,10 +127,11 @@ def markdown(text: str) -> Markup:
     """A little markdown, escaped first: whatever the text holds, only the tags made here come out."""
     blocks = []
     for block in re.split(r"\n\s*\n", str(text).strip()):
+        block = " ".join(line.strip() for line in re.split(r"\n(?!\s*- )", block)).strip()  # an item may take lines
         lines = [line.strip() for line in block.splitlines()]
-        if lines and all(line.startswith("- ") for line in lines):
+        if block.startswith("- "):
             blocks.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
-        elif block.strip():
+        elif block:
             blocks.append(f"<p>{_inline(' '.join(lines))}</p>")
     return Markup("\n".join(blocks))
 

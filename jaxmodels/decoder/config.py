@@ -15,7 +15,9 @@ class ExpertConfig:
     router: ``softmax`` (trained; Mixtral, Qwen3-MoE, OLMoE) or, for a dense layer that was split, one of
     jaxmodels.experts.routers' kinds, or ``all`` (every expert runs: the exact decomposition).
     top_k: experts per token. renormalise: chosen weights sum to 1 (trained routers only).
-    shared: the first ``shared`` experts run for every token. block: tokens that are routed together.
+    shared: the first ``shared`` experts run for every token. block: neighbouring tokens that are routed
+        together, from the start of the row. Their choice then depends on tokens that follow, so losses are not causal,
+        and a cached step, which sees one token, chooses for that token alone.
     """
 
     num_experts: int

@@ -120,6 +120,13 @@ def _check(values: dict[str, Any]) -> None:
 
 
 def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
+    if "ffn_widths" in ours:
+        widths = ours["ffn_widths"]
+        if not isinstance(widths, list) or len(widths) != config.num_layers or not all(
+                type(w) is int and w > 0 for w in widths):
+            raise UserError(f"config.json: ffn_widths is {widths!r:.200}; {config.num_layers} positive integers are "
+                            "needed, one a layer; prune the model again")
+        config = dataclasses.replace(config, ffn_widths=tuple(ours["ffn_widths"]))
     if "experts" in ours:
         fields = {f.name: f.type for f in dataclasses.fields(ExpertConfig)}
         given = ours["experts"]
@@ -133,13 +140,6 @@ def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
             raise UserError(f"config.json splits a feed-forward width of {bad[0]} into {E} experts, which does not "
                             "divide it; split the model again")
         config = dataclasses.replace(config, ffn_widths=tuple(w // E for w in config.ffn_widths))
-    if "ffn_widths" in ours:
-        widths = ours["ffn_widths"]
-        if not isinstance(widths, list) or len(widths) != config.num_layers or not all(
-                type(w) is int and w > 0 for w in widths):
-            raise UserError(f"config.json: ffn_widths is {widths!r:.200}; {config.num_layers} positive integers are "
-                            "needed, one a layer; prune the model again")
-        config = dataclasses.replace(config, ffn_widths=tuple(ours["ffn_widths"]))
     return dataclasses.replace(config, down_bias=bool(ours.get("down_bias", config.down_bias)))
 
 
@@ -258,7 +258,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if split:
         ours["experts"] = {k: getattr(experts, k) for k in ("num_experts", "top_k", "router", "renormalise", "shared",
                                                             "block")}
-    elif not trained and len(set(widths)) > 1:
+    if not trained and len(set(widths)) > 1:
         ours["ffn_widths"] = list(widths)
     if config.down_bias and not config.mlp_bias:
         ours["down_bias"] = True

@@ -82,6 +82,8 @@ class Experts(nnx.Module):
         else:
             router = routers.RandomRouter(jax.random.key(0), cfg.num_experts)
         scores = probe("router.logits", router.scores(x32))
+        if cfg.block > 1:  # a block is chosen by its real tokens
+            scores = jnp.where(probe.token_mask[..., None], scores, 0)
         return routers.select_blocks(scores, cfg.top_k, cfg.block, num_shared=cfg.shared), None
 
     def _every_expert(self, x, probe, amount):

@@ -325,7 +325,8 @@ def _by_markers(marks: np.ndarray, experts: int, size: int, num_shared: int) -> 
 def _by_importance(importance: Any, neurons: int, experts: int, size: int, num_shared: int) -> np.ndarray:
     """Labels by the importance of neurons to data clusters (LLaMA-MoE, arXiv 2406.16554)."""
     if importance is None:
-        raise UserError("method importance needs importance: [data clusters, F], from analysis.attribution")
+        raise UserError("method importance needs importance: [data clusters, F] a layer, as "
+                        "analysis.statistics.neuron_importance measures it")
     importance = np.asarray(importance, np.float64)
     routed = experts - num_shared
     if importance.ndim != 2 or importance.shape[1] != neurons or not len(importance):

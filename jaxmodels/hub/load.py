@@ -18,6 +18,7 @@ from jaxmodels.hub.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from jaxmodels.hub.entries import Entry, Source
 
 LeafPath = tuple[str | int, ...]
+PLAIN = ("float64", "float32", "float16", "bfloat16")
 # Buffers that older exporters stored although the config determines them.
 KNOWN_BUFFERS = (
     r"\.rotary_emb\.inv_freq$",
@@ -116,6 +117,10 @@ def _check(checkpoint: Checkpoint, entries: list[Entry], ignore: tuple[str, ...]
                 f"{checkpoint.path}: tensor {source.name} has shape {shape}, the config asks for "
                 f"{tuple(source.hf_shape)}; use the config.json that belongs to these weights"
             )
+        dtype = checkpoint.dtype(source.name)
+        if dtype.name not in PLAIN:  # integers and float8 mean nothing without their scales
+            raise UserError(f"{checkpoint.path}: tensor {source.name} is stored as {dtype.name}; quantised safetensors "
+                            f"are not read: fetch the {', '.join(PLAIN)} weights, or a GGUF file")
     patterns = [*KNOWN_BUFFERS, *ignore]
     if checkpoint.config.get("tie_word_embeddings"):
         patterns.append(r"^lm_head\.weight$")

@@ -147,6 +147,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         self._started = time.monotonic()
         results = {key: value for key, value in self.results().items() if key != "error"}
+        self._was_complete = results.get("status") == "complete"
         files.write_json(self.dir / RESULTS, {**results, "status": "running"})
         return self
 
@@ -157,7 +158,9 @@ class RunFolder:
             if isinstance(error, UserError) and not self.resumed and self._is_untouched():
                 shutil.rmtree(self.dir)  # bad input leaves nothing half-written
                 return
-            end = {"status": "complete", "seconds": round(time.monotonic() - self._started, 3)}
+            end = {"status": "complete"}
+            if not self._was_complete:  # of all starts together, but for those that were killed
+                end["seconds"] = round(self.results().get("seconds", 0) + time.monotonic() - self._started, 3)
             if isinstance(error, (Interrupted, KeyboardInterrupt)):
                 end["status"] = "interrupted"
             elif error is not None:
