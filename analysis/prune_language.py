@@ -14,15 +14,13 @@ from analysis.activations import down_norms
 from analysis.atlas.collect import activity
 from analysis.atlas.config import AtlasConfig
 from analysis.atlas.pruning import Scores, mask_of
-from analysis.atlas.repair import Calibration, own_words, rank_neurons, sequential_refit
+from analysis.atlas.repair import Calibration, rank_neurons, sequential_refit
 from analysis.atlas.text import Rows
 from jaxmodels.decoder.model import Decoder
 from jaxmodels.errors import UserError
-from jaxmodels.experts.models import ffn_layers, unroll, with_down, with_ffn
+from jaxmodels.experts.models import ffn_layers, with_down, with_ffn
 from jaxmodels.experts.prune import prune_experts
 from jaxmodels.experts.recover import keep_last
-
-OWN_TOKENS = 8192
 
 
 def by_contribution(model: Decoder, rows: Rows, share: float) -> np.ndarray:
@@ -48,8 +46,7 @@ def cut(model: Decoder, *, keep: np.ndarray | None = None, share: float | None =
 
     Args:
       keep: bool[L, E] of a split model or bool[L, F] of a dense one; else ``share`` and ``rows`` choose.
-      repair: refit what is left to the whole model's activations on ``rows`` and on ``OWN_TOKENS`` tokens that the
-        model writes after their openings, for a short text is overfitted (analysis/atlas/repair.py). Of a dense
+      repair: refit what is left to the whole model's activations on ``rows`` (analysis/atlas/repair.py). Of a dense
         model without ``keep`` it also chooses the neurons: those that the others can replace least stay, ``share`` of
         the whole model (``recover.keep_last``: the first layer of a deep model stays whole).
 
@@ -62,9 +59,7 @@ def cut(model: Decoder, *, keep: np.ndarray | None = None, share: float | None =
     dense, experts = as_dense(model)
     layers, width = dense.cfg.num_layers, dense.cfg.ffn_widths[0]
     advance = advance or (lambda: None)
-    own = own_words(unroll(dense), rows.tokens, rows.mask, -(-OWN_TOKENS // rows.tokens.shape[1]))
-    text = Calibration(dense, np.concatenate([rows.tokens, own]), np.pad(rows.mask, ((0, len(own)), (0, 0)),
-                                                                        constant_values=True))
+    text = Calibration(dense, rows.tokens, rows.mask)
     if keep is None:
         keep = keep_last(rank_neurons(text, share, advance=advance), share)
     else:
