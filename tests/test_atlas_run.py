@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxmodels
+from analysis.atlas.rules import RULES
 from jaxmodels import DecoderConfig, UserError
 from tests.test_hub_models import tiny_tokenizer
 from tests.tiny_models import random_model
@@ -46,7 +47,7 @@ def overrides(inputs, **more):
         "split.method": "kmeans", "split.expert_size": "8", "prune.panel": "en,de,fr", "prune.shares": "0.5,0.25",
         "prune.transfer": "tico19:/not/here", "prune.interventions": "zero,mean,p10,p90", "profile.neurons": "true",
         "prune.own_tokens": "64", "prune.distill": "en", "prune.distill_steps": "3",
-        "prune.distill_tokens": "64", "speed.prefill": "32"}
+        "prune.distill_tokens": "64", "prune.rules": ",".join(RULES), "speed.prefill": "32"}
     return [f"{k}={v}" for k, v in (values | {k.replace("__", "."): v for k, v in more.items()}).items()]
 
 
