@@ -12,10 +12,11 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),-c requirements.lock)
 STAMP := $(VENV)/.installed-$(VERSION)
 TORCH_STAMP := $(VENV)/.torch-$(VERSION)
+TPU_STAMP := $(VENV)/.tpu-$(VERSION)
 
 export JAXMODELS_CACHE ?= $(CURDIR)/.jax_cache
 
-.PHONY: env torch run test test-all lint bench
+.PHONY: env torch tpu run test test-all lint bench
 
 env: $(STAMP)
 	@:
@@ -39,6 +40,15 @@ $(TORCH_STAMP): $(STAMP)
 torch: $(TORCH_STAMP)
 	@:
 
+# The compiler for TPUs (700 MB, no TPU needed): the tests of `jaxmodels compile` run where it is.
+$(TPU_STAMP): $(STAMP)
+	@echo "installing libtpu"
+	@$(PIP) install --quiet 'jax[tpu]' $(CONSTRAINTS)
+	@touch $@
+
+tpu: $(TPU_STAMP)
+	@:
+
 run: env
 	@$(VENV)/bin/jaxmodels run atlas preset=quick $(ARGS)
 
@@ -46,7 +56,7 @@ run: env
 test: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
 
-test-all: torch
+test-all: torch tpu
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: env

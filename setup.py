@@ -13,6 +13,8 @@ REQUIRES = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "grain>=0.2.18",
+    "array_record>=0.8",
     "tensorflow-datasets>=4.9.10",  # its data sources are read without TensorFlow
     "transformers>=5",  # tokenizers and configs; PyTorch is not needed for them
     "tokenizers>=0.22",
@@ -53,5 +55,5 @@ setup(
         "bench": ["psutil>=6", "torch>=2.13"],  # the peer that benchmarks run side by side
         "test": TEST,
     },
-    entry_points={"console_scripts": ["jaxmodels=jaxmodels.cli:main"]},
+    entry_points={"console_scripts": ["jaxmodels=jaxmodels.cli:entry"]},
 )

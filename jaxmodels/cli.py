@@ -7,6 +7,7 @@ progress to stderr. Nothing heavy is imported before a command needs it, so ``li
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -129,6 +130,7 @@ def command_run(arguments: argparse.Namespace) -> int:
 
     config = resolve(arguments.name, arguments.overrides)
     _prepare_jax()
+    from train.runtime import distributed
     from train.runtime.config import load_function
     from train.runtime.progress import clock
     from train.runtime.run_folder import RunFolder
@@ -136,12 +138,18 @@ def command_run(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     name = find(arguments.name).name
-    with stop.listening(), RunFolder.open(name, to_dict(config), arguments.out) as run:
-        print(f"{name}: {'resuming' if run.resumed else 'running'} in {run.dir}", file=sys.stderr)
+    several = distributed.initialize()
+    first = not several or distributed.process_index() == 0  # the others compute, and leave writing and talking to it
+    folder = RunFolder.open(name, to_dict(config), arguments.out, follower=not first,
+                            operational=getattr(config, "operational", ()))
+    with stop.listening(several), folder as run:
+        tell = functools.partial(print, file=sys.stderr) if first else lambda *_: None
+        tell(f"{name}: {'resuming' if run.resumed else 'running'} in {run.dir}")
         load_function(config.entry)(config, run)
-        print(f"{name}: done in {clock(time.monotonic() - start)}", file=sys.stderr)
+        tell(f"{name}: done in {clock(time.monotonic() - start)}")
         directory = run.dir
-    print(_build_report(directory, config.report))
+    if first:
+        print(_build_report(directory, config.report))
     return 0
 
 
@@ -413,6 +421,47 @@ def command_generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# Ahead of time
+
+
+def _compile_arguments(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a training experiment of `jaxmodels list`")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="as for `jaxmodels run`")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:2x4, v5p:4x4x4, v6e:4x4 ...")
+
+
+def command_compile(arguments: argparse.Namespace) -> int:
+    """Compile the real step of a training experiment for a TPU slice that is not here; fails if it does not fit.
+
+    Memory of a device, collectives and the compiler's estimate of the time (an estimate, not a measurement). Needs the
+    tpu extra.
+    """
+    from train.runtime.aot import compile_in_child
+    from train.runtime.config import resolve
+
+    resolve(arguments.name, arguments.overrides)  # typing errors are reported without starting a compiler
+    found = compile_in_child(arguments.name, arguments.overrides, arguments.topology)
+    gib = 2.0**-30
+    _print_table([
+        ("", "of one device"),
+        ("state and batch", f"{found.argument_bytes * gib:.3f} GiB"),
+        ("temporary", f"{found.temporary_bytes * gib:.3f} GiB"),
+        ("in all", f"{found.total_bytes * gib:.3f} GiB of {found.limit_bytes * gib:.1f}"),
+        ("estimated step", f"{found.estimated_seconds * 1e3:.2f} ms"),
+        ("MFU at that estimate", f"{found.estimated_mfu:.1%}"),
+        ("compiled", f"for {found.topology} ({found.devices} devices) in {found.seconds_to_compile:.0f} s"),
+    ])
+    rows = [(one.kind, str(one.count), f"{one.bytes / 2**20:.2f} MiB") for one in found.collectives]
+    print()
+    _print_table([("collective", "a step", "bytes a step and device"), *(rows or [("none", "0", "0")])])
+    for warning in found.warnings:
+        print(f"jaxmodels: warning: {warning}", file=sys.stderr)
+    if not found.fits:
+        raise UserError(f"the step needs {found.total_bytes * gib:.2f} GiB a device, {found.topology} has "
+                        f"{found.limit_bytes * gib:.2f}; raise mesh.fsdp, set model.remat or lower data.batch")
+    return 0
+
+
 # Benchmarks
 
 
@@ -443,6 +492,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace
     "split": (_split_arguments, command_split),
     "prune": (_prune_arguments, command_prune),
     "generate": (_generate_arguments, command_generate),
+    "compile": (_compile_arguments, command_compile),
     "bench": (_bench_arguments, command_bench),
     "report": (_report_arguments, command_report),
 }
@@ -544,5 +594,24 @@ def _traceback_if(debug: bool) -> Iterator[None]:
         raise
 
 
+def entry() -> None:
+    """What the command and ``python -m jaxmodels.cli`` start."""
+    code = main()
+    if code == Interrupted.exit_code:
+        # Everything is saved. Threads that read data may hang in a file system that is gone, and the interpreter would
+        # wait for them longer than whoever sent the signal does.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not _is_distributed():
+            os._exit(code)
+    sys.exit(code)
+
+
+def _is_distributed() -> bool:
+    """Whether other processes wait for this one to take its leave."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

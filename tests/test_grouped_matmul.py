@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 from jaxmodels.errors import UserError
 from jaxmodels.kernels import grouped_matmul, grouped_outer
-from jaxmodels.kernels.grouped_matmul import Implementation, api, register
+from jaxmodels.kernels.grouped_matmul import Implementation, api, cpu, register
 
-CHOICES = ["reference", "xla", "loop", None]
+CHOICES = ["reference", "xla", "cpu", "loop", None]
 
 
 def numpy_products(x, w, dy, sizes):
@@ -83,7 +84,7 @@ def test_odd_shapes(implementation, shape):
         close(value, expected)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
 def test_gradients_of_all_orders(implementation):
     x, w, dy = draw(np.random.default_rng(2), 7, 3, 4, 3)
     sizes = jnp.array([2, 0, 4], jnp.int32)
@@ -110,7 +111,7 @@ def test_bad_rows_stay_in_their_group(implementation, bad):
     assert not np.isfinite(spoiled[0][6]).any() and not np.isfinite(spoiled[2][1]).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "loop"])
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "loop"])
 def test_bad_weights_stay_in_their_group(implementation):
     # ragged_dot on CPU does not promise this: it multiplies other groups' rows by zero.
     x, w, dy = draw(np.random.default_rng(4), 9, 6, 5, 3)
@@ -119,7 +120,7 @@ def test_bad_weights_stay_in_their_group(implementation):
     assert np.isnan(y[3:7]).all() and np.isfinite(y[:3]).all() and np.isfinite(y[7:]).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_accumulates_in_float32(implementation, dtype):
     rng = np.random.default_rng(5)
@@ -184,3 +185,74 @@ def test_shape_errors():
         grouped_matmul(x, w, jnp.array([2, 2, 2]))
     with jax.enable_checks(True), pytest.raises(UserError, match="add up to 9 rows, x has 6"):
         grouped_matmul(x, w, jnp.array([5, 4]))
+
+
+def test_cpu_blocks_cover_every_row_once():
+    rng = np.random.default_rng(10)
+    for rows, size in ((40, 16), (16, 16), (33, 7)):
+        even = np.ones(5) / 5
+        for sizes in (rng.multinomial(rows, even), rng.multinomial(rows // 2, even), np.zeros(5, int),
+                      rows * np.eye(5, dtype=int)[2]):  # fmt: skip
+            blocks = cpu.make_blocks(jnp.asarray(sizes, jnp.int32), rows, size)
+            group, start, stop = (np.asarray(a)[: blocks.count] for a in blocks[1:])
+            owner = np.repeat(np.arange(5), sizes)
+            covered = [r for a, b in zip(start, stop, strict=True) for r in range(a, b)]
+            assert covered == list(range(sizes.sum())) and (stop - start <= size).all()
+            assert all((owner[a:b] == e).all() for e, a, b in zip(group, start, stop, strict=True))
+            assert blocks.count <= len(blocks.group)
+    assert [cpu.block_rows(*shape) for shape in ((4096, 8), (2048, 48), (64, 8))] == [128, 32, 16]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu", None])
+def test_inside_shard_map(implementation):
+    """Every device its own rows and sizes; the weights' gradient is summed over devices once."""
+    rng = np.random.default_rng(11)
+    parts = 4
+    x, w, dy = draw(rng, 8 * parts, 3, 4, 3)
+    sizes = jnp.asarray(rng.multinomial(7, np.ones(3) / 3, parts), jnp.int32)
+
+    def loss(x, w, dy, sizes):
+        w = jax.lax.pcast(w, ("rows",), to="varying")
+        y = grouped_matmul(x, w, sizes.reshape(-1), implementation=implementation)
+        return jax.lax.psum((y * dy).sum(), "rows")
+
+    mesh = jax.make_mesh((parts,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts])
+    cut = PartitionSpec("rows")
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(cut, PartitionSpec(), cut, cut), out_specs=PartitionSpec())
+    dx, dw = jax.jit(jax.grad(mapped, (0, 1)))(x, w, dy, sizes)
+    each = [numpy_products(*(np.asarray(a)[8 * i : 8 * i + 8] if a is not w else w for a in (x, w, dy)), sizes[i])
+            for i in range(parts)]  # fmt: skip
+    close(dx, np.concatenate([one[1] for one in each]))
+    close(dw, sum(one[2] for one in each))
+
+
+def test_default_by_size_and_platform():
+    choice = lambda m, k, n, g, outer=False: api._on_cpu((m, k), n, g, outer=outer)  # noqa: E731
+    assert choice(4096, 256, 384, 8) == choice(2048, 576, 32, 48) == choice(4096, 256, 384, 8, True) == "cpu"
+    assert choice(8, 64, 128, 8) == "xla" and choice(8, 128, 64, 8) == "reference"
+    assert choice(8, 576, 32, 48) == "cpu" and choice(8, 576, 32, 48, True) == "xla"
+    # A program lowered on this CPU for a TPU holds the TPU's product and no loop over blocks.
+    x, w, _ = draw(np.random.default_rng(12), 256, 64, 32, 4)
+    sizes = jnp.array([100, 0, 56, 90], jnp.int32)
+    traced = jax.jit(grouped_matmul).trace(x, w, sizes)
+    here, there = traced.lower().as_text(), traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.while" in here and "ragged_dot" not in here
+    assert "stablehlo.while" not in there and "ragged_dot" in there
+
+
+def test_cpu_implementation_says_where_it_runs(monkeypatch):
+    x, w, _ = draw(np.random.default_rng(13), 6, 4, 5, 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="cpu: only on the CPU backend, this is tpu"):
+        grouped_matmul(x, w, jnp.array([2, 4], jnp.int32), implementation="cpu")
+
+
+def test_cpu_in_float64():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(14)
+        x, w, dy = (jnp.asarray(rng.normal(size=shape)) for shape in ((40, 6), (3, 6, 5), (40, 5)))
+        sizes = np.array([20, 0, 18])
+        got = products("cpu")(x, w, dy, jnp.asarray(sizes))
+        for value, expected in zip(got, numpy_products(x, w, dy, sizes), strict=True):
+            assert value.dtype == jnp.float64
+            close(value, expected, 1e-14)

@@ -75,6 +75,10 @@ class Report:
             name=file_name(name),
         )
 
+    def code(self, text: str, caption: str = "") -> None:
+        """Text as it is, in a fixed-width font: programs, samples of a model."""
+        self._add("code", text=str(text), caption=str(caption))
+
     def figure(self, figure: Any, caption: str = "", data: Any = None, name: str = "figure", alt: str = "") -> None:
         """A matplotlib Figure, inline as SVG, or as PNG where the SVG would be heavy.
 

@@ -5,6 +5,7 @@ import dataclasses
 from jaxmodels.errors import UserError
 from jaxmodels.layers.rotary import RopeConfig
 
+REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
 ROUTERS = ("softmax", "all", "oracle", "similarity", "linear", "mlp", "markers", "random")
 
 
@@ -18,6 +19,7 @@ class ExpertConfig:
     shared: the first ``shared`` experts run for every token. block: neighbouring tokens that are routed
         together, from the start of the row. Their choice then depends on tokens that follow, so losses are not causal,
         and a cached step, which sees one token, chooses for that token alone.
+    balance_bias: the choice, not the weights, reads a bias that training moves towards equal load (softmax only).
     """
 
     num_experts: int
@@ -26,6 +28,7 @@ class ExpertConfig:
     renormalise: bool = True
     shared: int = 0
     block: int = 1
+    balance_bias: bool = False
 
     def __post_init__(self):
         if self.router not in ROUTERS:
@@ -36,6 +39,8 @@ class ExpertConfig:
                             f"({self.num_experts} less {self.shared} that always run)")
         if self.block < 1:
             raise UserError(f"block {self.block} must be at least 1 token")
+        if self.balance_bias and self.router != "softmax":
+            raise UserError(f"balance_bias needs the trained router softmax, not {self.router}; set it to False")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class DecoderConfig:
     norm_placement: ``pre`` (Llama) or ``post`` (OLMo-2: the norm follows the sub-layer, before the residual add).
     qk_norm: None, ``head`` (Qwen3) or ``full`` (OLMo-2, OLMoE). clip_qkv: projections clipped to ±value (OLMoE).
     scan_layers: equal neighbours are stacked and scanned (training); False unrolls (decoding, pruned models).
+    remat: what the forward pass keeps for the backward pass: ``none`` (all) or a name of jax.checkpoint_policies.
     family: the Hugging Face ``model_type`` that this configuration is written back as.
     """
 
@@ -78,6 +84,11 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise UserError(f"remat policy {self.remat!r} is unknown; choose from {', '.join(REMAT)}")
 
     @property
     def num_layers(self) -> int:

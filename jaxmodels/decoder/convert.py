@@ -140,6 +140,12 @@ def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
             raise UserError(f"config.json splits a feed-forward width of {bad[0]} into {E} experts, which does not "
                             "divide it; split the model again")
         config = dataclasses.replace(config, ffn_widths=tuple(w // E for w in config.ffn_widths))
+    if "balance_bias" in ours:
+        if type(ours["balance_bias"]) is not bool or config.experts is None:
+            raise UserError(f"config.json: jaxmodels.balance_bias is {ours['balance_bias']!r:.80}; true or false is "
+                            "needed, in a model with trained experts; save the model again")
+        config = dataclasses.replace(
+            config, experts=dataclasses.replace(config.experts, balance_bias=ours["balance_bias"]))
     return dataclasses.replace(config, down_bias=bool(ours.get("down_bias", config.down_bias)))
 
 
@@ -258,6 +264,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if split:
         ours["experts"] = {k: getattr(experts, k) for k in ("num_experts", "top_k", "router", "renormalise", "shared",
                                                             "block")}
+    if trained and experts.balance_bias:
+        ours["balance_bias"] = True
     if not trained and len(set(widths)) > 1:
         ours["ffn_widths"] = list(widths)
     if config.down_bias and not config.mlp_bias:
@@ -327,6 +335,8 @@ def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: li
         prefix, names = (("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}) if config.family == "mixtral"
                          else ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}))
         leaf(("ffn", "router", "weight"), (D, E), f"{prefix}.gate.weight", (E, D), transpose, transpose)
+        if config.experts.balance_bias:  # a tensor of our own: these families have none, transformers ignores it
+            leaf(("ffn", "router", "bias"), (E,), f"{prefix}.router.bias")
         for ours, theirs in names.items():
             shape = (F, D) if ours == "down" else (D, F)
             sources = tuple(Source(f"model.layers.{i}.{prefix}.experts.{e}.{theirs}.weight", shape[::-1], transpose,

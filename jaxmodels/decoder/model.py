@@ -16,6 +16,7 @@ from jaxmodels.decoder.config import DecoderConfig
 from jaxmodels.errors import UserError
 from jaxmodels.experts.module import Experts
 from jaxmodels.layers.attention import NO_WINDOW, Attention, Context
+from jaxmodels.layers.axes import constrain
 from jaxmodels.layers.mlp import MLP
 from jaxmodels.layers.norms import RMSNorm
 from jaxmodels.layers.param import param
@@ -70,7 +71,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, probe: Probe, window=None, cache=None):
         """x [B, T, D] -> (x, cache)."""
-        x = probe("residual", x)
+        x = probe("residual", constrain(x, "batch", None, None))
         if self.placement == "pre":
             y, cache = self.attention(self.attention_norm(x), context, probe, window, cache)
             x = x + y
@@ -154,6 +155,7 @@ class Decoder(nnx.Module):
     def _logits(self, x, which):
         if which == "none":
             return None
+        x = constrain(x, "batch", None, None)
         x = self.norm(x[:, -1:] if which == "last" else x)
         return x if which == "hidden" else self.unembed(x)
 
@@ -195,6 +197,10 @@ def _run_group(group: Block, cfg, start, stop, x, context, taps, mask, cache):
         x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
         return x, (probe.out, cache)
 
+    if cfg.remat != "none":
+        # prevent_cse: inside a scan nothing can undo the recomputation, and the barriers would only cost
+        policy = getattr(jax.checkpoint_policies, cfg.remat)
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=stop - start == 1)
     stacked = (params, taps, windows)
     if stop - start == 1:
         x, (out, cache) = layer(x, (jax.tree.map(lambda a: a[0], stacked), cache))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
 from jaxmodels.kernels import grouped_matmul
+from jaxmodels.kernels.varying import vary, varying_axes
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -146,10 +147,17 @@ def _all_experts(experts, x, activation):
     return jnp.einsum("...es,esd->...d", h, experts["down"]), h
 
 
-def _some_experts(experts, x, plan, weights, activation, implementation, return_hidden):
-    product = lambda rows, w: grouped_matmul(rows, w, plan.group_sizes, implementation=implementation)  # noqa: E731
-    rows = gather_rows(x, plan)
-    ones = jnp.ones((rows.shape[0], 1), rows.dtype)
+def expert_rows(
+    experts: Mapping[str, Array],
+    rows: Float[Array, "M D"],
+    group_sizes: Int[Array, "E"],
+    activation: str,
+    implementation: str | None,
+) -> tuple[Float[Array, "M D"], Float[Array, "M s"]]:
+    """Outputs (without `down_bias`) and h of rows in expert order; zero for rows past the last group."""
+    product = lambda rows, w: grouped_matmul(rows, w, group_sizes, implementation=implementation)  # noqa: E731
+    # Inside shard_map the ones must vary over devices as the rows do: their cotangent does.
+    ones = vary(jnp.ones((rows.shape[0], 1), rows.dtype), varying_axes(rows))
 
     def project(name):
         out = product(rows, experts[name])
@@ -158,9 +166,15 @@ def _some_experts(experts, x, plan, weights, activation, implementation, return_
         return out if bias is None else out + product(ones, bias[:, None, :])
 
     h = _hidden({name: project(name) for name in ("gate", "up") if name in experts}, activation)
+    return product(h, experts["down"]), h
+
+
+def _some_experts(experts, x, plan, weights, activation, implementation, return_hidden):
+    rows = gather_rows(x, plan)
+    out, h = expert_rows(experts, rows, plan.group_sizes, activation, implementation)
     if weights is None:
-        weights = jnp.ones((x.shape[0], rows.shape[0] // x.shape[0]), x.dtype)
-    y = combine_rows(product(h, experts["down"]), weights, plan)
+        weights = vary(jnp.ones((x.shape[0], rows.shape[0] // x.shape[0]), x.dtype), varying_axes(out))
+    y = combine_rows(out, weights, plan)
     if not return_hidden:
         return y, None
     num_experts = experts["up"].shape[0]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmodels.experts import routers
-from jaxmodels.experts.layer import ACTIVATIONS, apply_experts
+from jaxmodels.experts.layer import ACTIVATIONS
+from jaxmodels.experts.parallel import run_experts
 from jaxmodels.layers.param import param
 from jaxmodels.taps import Probe
 
@@ -21,10 +22,16 @@ def router_shapes(kind: str, d_model: int, num_experts: int, num_shared: int) ->
             "mlp": {"first": (D, E), "second": (E, E)}, "markers": {"gate": (D, R), "up": (D, R)}}.get(kind, {})
 
 
+class RouterBias(nnx.Variable):
+    """What a balanced router adds to its scores before it chooses. No nnx.Param: it follows a rule of its own
+    (``balance.bias_update``), and optimizers must not touch it."""
+
+
 class Experts(nnx.Module):
     """E small FFNs of s neurons. gate, up: [E, D, s]; down: [E, s, D]; the output bias is added once.
 
-    A trained router (``softmax``) weighs its experts; a split layer sums them, or it would be another function.
+    A trained router (``softmax``) weighs its experts; a split layer sums them, or it would be another function. With
+    ``cfg.balance_bias`` the choice reads ``router.bias`` [E] as well, the weights do not (Wang et al. 2024, eq. 3).
     Tap points: router.logits [B, T, E]; ffn.gate, ffn.up, ffn.hidden [B, T, E, s], zero where an expert did not run;
     ffn.output [B, T, D]. Tapping the inside computes every expert and masks (analysis); otherwise only the chosen
     experts run, through ``kernels.grouped_matmul``.
@@ -43,6 +50,8 @@ class Experts(nnx.Module):
         self.down_bias = w((d_model,), (None,), value=0.0) if down_bias else None
         shapes = router_shapes(cfg.router, d_model, E, cfg.shared)
         self.router = nnx.Dict({name: w(shape, (None, None), std=d_model ** -0.5) for name, shape in shapes.items()})
+        if cfg.balance_bias:  # float32 whatever the parameters are: its steps of 1e-3 would drown in bfloat16
+            self.router["bias"] = RouterBias(jnp.zeros((E,), jnp.float32), out_sharding=(None,), eager_sharding=False)
 
     def weights(self) -> dict[str, jax.Array]:
         """The layer as a plain dict, as the functions of jaxmodels.experts take it."""
@@ -60,8 +69,8 @@ class Experts(nnx.Module):
             amount = amount.at[..., :self.cfg.shared].set(1.0)
             return probe("ffn.output", self._every_expert(x, probe, amount))
         experts = {name: w.astype(x.dtype) for name, w in self.weights().items()}
-        y, _ = apply_experts(experts, x, activation=self.activation, active=chosen, weights=weights,
-                             num_shared=self.cfg.shared)
+        y = run_experts(experts, x, activation=self.activation, active=chosen, weights=weights,
+                        num_shared=self.cfg.shared)
         return probe("ffn.output", y)
 
     def _route(self, x, probe):
@@ -69,7 +78,12 @@ class Experts(nnx.Module):
         cfg, p = self.cfg, {name: w[...].astype(jnp.float32) for name, w in self.router.items()}
         x32 = x.astype(jnp.float32)
         if cfg.router == "softmax":
-            weights, chosen = jax.lax.top_k(jax.nn.softmax(probe("router.logits", x32 @ p["weight"])), cfg.top_k)
+            scores = jax.nn.softmax(probe("router.logits", x32 @ p["weight"]))
+            if cfg.balance_bias:
+                chosen = jax.lax.top_k(jax.lax.stop_gradient(scores) + p["bias"], cfg.top_k)[1]
+                weights = jnp.take_along_axis(scores, chosen, -1)
+            else:
+                weights, chosen = jax.lax.top_k(scores, cfg.top_k)
             return chosen, weights / weights.sum(-1, keepdims=True) if cfg.renormalise else weights
         kinds = {"similarity": routers.SimilarityRouter, "linear": routers.LinearRouter, "mlp": routers.MLPRouter}
         if cfg.router in kinds:

@@ -100,7 +100,7 @@ def where(name: str) -> Path | None:
     kind, _, rest = name.partition(":")
     if kind == "tfds":
         try:
-            return Path(_builder(rest.split("+")[0]).data_dir)
+            return Path(tfds_builder(rest.split("+")[0]).data_dir)
         except UserError:
             return None
     if rest:
@@ -141,7 +141,7 @@ def read_tfds(name: str) -> LanguageText:
     The language is the last part of the name that is a language code (``wiki40b/de``, ``wikipedia/20230601.de``).
     Raises UserError if the set is not prepared on this machine or has no text feature.
     """
-    builder = _builder(name)
+    builder = tfds_builder(name)
     splits = list(builder.info.splits)
     try:
         rows = builder.as_data_source("train" if "train" in splits else splits[0])
@@ -159,7 +159,7 @@ def read_tfds(name: str) -> LanguageText:
     return language_text(code, texts, f"tfds:{name}", f"see {builder.info.homepage or name}", replaced)
 
 
-def _builder(name: str) -> Any:
+def tfds_builder(name: str) -> Any:
     """The builder of a set that is prepared here; TFDS itself is imported only now, TensorFlow never."""
     import tensorflow_datasets as tfds
 

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -39,14 +39,17 @@ HOUSE_FILES = {LOCK, CONFIG, RESULTS}  # all that a run that never started leave
 class RunFolder:
     """One run's folder, locked while it is open. Use it as a context manager: the way it ends becomes `status`."""
 
-    def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run"):
+    def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run",
+                 operational: Sequence[str] = ()):
         """Makes or reopens `directory` for the run `name` of `config` (plain JSON values).
 
+        operational: dotted keys that say how a run is carried out (on which mesh, how often it saves), not what it is:
+        a run may be continued with others.
         Raises UserError if it cannot be written, is in use, holds another config's run or is not a run folder.
         """
         self.dir = Path(directory)
         self.name = name
-        self.config = files.plain(dict(config))
+        self.config, self._operational = files.plain(dict(config)), tuple(operational)
         self._stages: list[RunFolder] = []
         self._metrics = self._events = None
         self._lock = _lock(self.dir)
@@ -59,10 +62,13 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, name: str, config: Mapping[str, Any], out: str | Path | None = None, root: str | Path = "runs"
+        cls, name: str, config: Mapping[str, Any], out: str | Path | None = None, root: str | Path = "runs",
+        follower: bool = False, operational: Sequence[str] = (),
     ) -> "RunFolder":
-        """``root/name-<hash of config>``, or `out`."""
-        return cls(Path(out) if out else Path(root) / f"{name}-{config_hash(files.plain(dict(config)))}", config, name)
+        """``root/name-<hash of config>``, or `out`. follower: one of several processes, and not the first."""
+        kind = Follower if follower else cls
+        digest = config_hash(_without(files.plain(dict(config)), operational))
+        return kind(Path(out) if out else Path(root) / f"{name}-{digest}", config, name, operational)
 
     # Numbers
 
@@ -189,13 +195,20 @@ class RunFolder:
             strangers = [name for name in strangers if not name.startswith(f".{CONFIG}.")]  # killed while claiming
             if strangers:
                 raise UserError(f"{self.dir} is not a run folder: it holds {strangers[0]!r}; choose a new folder")
-            about = {"name": self.name, "hash": config_hash(self.config), "config": self.config}
-            files.write_json(self.dir / CONFIG, about | environment.describe())
+            self._describe()
             return False
-        if before.get("config") != self.config or before.get("name") != self.name:
-            change = _first_difference(before.get("config") or {}, self.config) or f"name {before.get('name')!r}"
+        old, new = (_without(config or {}, self._operational) for config in (before.get("config"), self.config))
+        if old != new or before.get("name") != self.name:
+            change = _first_difference(old, new) or f"name {before.get('name')!r}"
             raise UserError(f"{self.dir} holds a run of another config ({change}); choose another --out")
+        if before["config"] != self.config:
+            self._describe()
         return True
+
+    def _describe(self) -> None:
+        about = {"name": self.name, "config": self.config}
+        about["hash"] = config_hash(_without(self.config, self._operational))
+        files.write_json(self.dir / CONFIG, about | environment.describe())
 
     def _repair_metrics(self) -> int | None:
         """Drops a torn last line (kill -9, full disk); returns the last step."""
@@ -225,6 +238,37 @@ class RunFolder:
         return {path.name for path in self.dir.iterdir()} <= HOUSE_FILES
 
 
+class Follower(RunFolder):
+    """The run folder as every process but the first sees it: it reads what is there and writes nothing.
+
+    (Checkpoints are written by all processes together; they do not go through here.)
+    """
+
+    def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run",
+                 operational: Sequence[str] = ()):
+        self.dir, self.name, self.config = Path(directory), name, files.plain(dict(config))
+        self.resumed, self._stages = (self.dir / CONFIG).exists(), []
+
+    def log(self, step: int, **metrics: Any) -> None: ...
+    def truncate_metrics(self, step: int) -> None: ...
+    def write_results(self, results: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+    def save_npz(self, name: str, **arrays: Any) -> Path:
+        return self.dir / f"{name}.npz"
+
+    def stage(self, name: str, config: Mapping[str, Any] | None = None) -> "RunFolder":
+        return Follower(self.dir / name, self.config if config is None else config, f"{self.name}/{name}")
+
+    def progress(self, total: int, label: str, done: int = 0) -> AbstractContextManager[Advance]:
+        return contextlib.nullcontext(lambda n=1, note="": None)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl up to the first that is torn; [] if there is no file."""
     lines = []
@@ -239,6 +283,12 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     files.write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def _without(config: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """`config` less some dotted keys (a group's name stands for all of its keys)."""
+    return {key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in config.items() if f"{prefix}{key}" not in keys}
 
 
 def _lock(directory: Path) -> int:

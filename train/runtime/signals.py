@@ -1,4 +1,8 @@
-"""Asking a run to stop: the first signal sets a flag, which loops read; the second one ends the process at once."""
+"""Asking a run to stop: the first signal sets a flag, which every loop reads; the second ends the process at once.
+
+SIGTERM and SIGINT: save, stop (exit code 75). SIGUSR1: save and go on. Among several processes jax itself catches
+SIGTERM and agrees with the others on a step (`stop.at_step`); a handler of ours would hide the signal from it.
+"""
 
 import contextlib
 import os
@@ -13,29 +17,46 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopFlag:
-    """Whether a signal has asked this process to stop."""
+    """Whether a signal has asked this process to stop, or to save."""
 
     def __init__(self) -> None:
         self.requested: str | None = None  # name of the signal
+        self.save_requested = False  # read and cleared by the training loop
+        self.distributed = False
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come. Call it between units of work, after saving."""
         if self.requested:
             raise Interrupted(f"stopped by {self.requested}; what is finished is saved: the same command goes on")
 
+    def at_step(self, step: int) -> bool:
+        """Whether to stop after this step: the same answer, for the same step, in every process."""
+        if self.distributed:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.requested = "SIGTERM"
+        return self.requested is not None
+
     @contextlib.contextmanager
-    def listening(self) -> Iterator["StopFlag"]:
-        """Handles SIGINT and SIGTERM inside the block, as before it after. In another thread it only yields."""
+    def listening(self, distributed: bool = False) -> Iterator["StopFlag"]:
+        """Handles the signals inside the block, as before it after. In another thread it only yields."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        self.distributed = distributed
+        handled = () if distributed else STOPPING
+        before = {number: signal.signal(number, self._on_signal) for number in handled}
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.requested = None
+            self.requested, self.save_requested, self.distributed = None, False, False
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self.save_requested = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.kernels.grouped_matmul import reference, xla
+from jaxmodels.kernels.grouped_matmul import cpu, reference, xla
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def register(name: str, implementation: Implementation) -> None:
 register("reference", Implementation(reference.matmul, reference.outer))
 register("loop", Implementation(reference.loop_matmul, reference.loop_outer))
 register("xla", Implementation(xla.matmul, xla.outer))
+register("cpu", Implementation(cpu.matmul, cpu.outer, cpu.unfit))
 
 
 def grouped_matmul(
@@ -80,10 +81,8 @@ def grouped_outer(
 # The choice is made for each product on its own: the gradient in x of a product that narrows is one that widens.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _matmul(transpose_w, out_dtype, names, config, x, w, group_sizes):
-    columns = w.shape[1 if transpose_w else 2]
-    name = _choose(names, ("reference", "xla") if columns <= x.shape[1] else ("xla",), x, group_sizes)
-    keywords = _keywords(name, config)
-    return _IMPLEMENTATIONS[name].matmul(x, w, group_sizes, transpose_w=transpose_w, out_dtype=out_dtype, **keywords)
+    here = _on_cpu(x.shape, w.shape[1 if transpose_w else 2], group_sizes.shape[0], outer=False)
+    return _run("matmul", names, here, config, x, w, group_sizes, transpose_w=transpose_w, out_dtype=out_dtype)
 
 
 def _matmul_forward(transpose_w, out_dtype, names, config, x, w, group_sizes):
@@ -103,8 +102,8 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _outer(out_dtype, names, config, x, dy, group_sizes):
-    name = _choose(names, ("reference", "xla") if x.shape[1] <= dy.shape[1] else ("xla",), x, group_sizes)
-    return _IMPLEMENTATIONS[name].outer(x, dy, group_sizes, out_dtype=out_dtype, **_keywords(name, config))
+    here = _on_cpu(x.shape, dy.shape[1], group_sizes.shape[0], outer=True)
+    return _run("outer", names, here, config, x, dy, group_sizes, out_dtype=out_dtype)
 
 
 def _outer_forward(out_dtype, names, config, x, dy, group_sizes):
@@ -131,14 +130,36 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None
     return names
 
 
-def _choose(names: tuple[str, ...] | None, here: tuple[str, ...], x: Any, group_sizes: Any) -> str:
-    """The first of the names that can run. Without names: `here`, the order measured on CPU; elsewhere XLA.
+def _run(product, names, here, config, left, right, group_sizes, **keywords):
+    """The product by the first of the names that can run. Without names: `here` on CPU, XLA elsewhere; decided when the
+    program is lowered, since a CPU may compile it for a TPU that is not there."""
 
-    On CPU both expand to all groups; the reference then works on M x G x columns of the output, XLA on
-    M x G x columns of x, and the narrower wins (up to 9x, 48 experts of 32 neurons of 576 inputs).
+    def by(name: str) -> Callable[..., Array]:
+        function = getattr(_IMPLEMENTATIONS[name], product)
+        return functools.partial(function, **keywords, **_keywords(name, config))
+
+    if names is not None:
+        return by(_choose(names, left, group_sizes))(left, right, group_sizes)
+    return jax.lax.platform_dependent(left, right, group_sizes, cpu=by(here), default=by("xla"))
+
+
+_SMALL = 1_000_000  # multiplications of all rows with all groups: below, a loop costs more than it saves
+_FEW = 8  # rows a group: below, `outer` mostly writes zeros, which the others do faster
+
+
+def _on_cpu(x_shape: tuple[int, ...], columns: int, groups: int, *, outer: bool) -> str:
+    """The implementation that was fastest on CPU; numbers in cpu.py.
+
+    For the smallest sizes, the two that expand to all groups: the reference works on M x G x columns of the output,
+    XLA on M x G x columns of x, and the narrower wins.
     """
-    if names is None:
-        names = here if jax.default_backend() == "cpu" else ("xla",)
+    rows, width = x_shape
+    if rows * groups * width * columns >= _SMALL and not (outer and rows < _FEW * groups):
+        return "cpu"
+    return "reference" if (width <= columns if outer else columns <= width) else "xla"
+
+
+def _choose(names: tuple[str, ...], x: Any, group_sizes: Any) -> str:
     reasons = []
     for name in names:
         reason = _IMPLEMENTATIONS[name].unfit(x.shape, group_sizes.shape[0], x.dtype)

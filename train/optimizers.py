@@ -1,0 +1,70 @@
+"""Optimizers and learning-rate schedules, all from optax, by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from train.settings import OptimizerConfig
+
+
+def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
+    """Step -> learning rate over a run of `steps`."""
+    top, end = cfg.learning_rate, cfg.learning_rate * cfg.floor
+    warmup = max(round(cfg.warmup * steps), 1)
+    up = optax.linear_schedule(top / warmup, top, max(warmup - 1, 1))  # the first step moves already
+    if cfg.schedule == "constant":
+        return optax.join_schedules([up, optax.constant_schedule(top)], [warmup])
+    if cfg.schedule == "cosine":
+        return optax.join_schedules(
+            [up, optax.cosine_decay_schedule(top, max(steps - warmup, 1), cfg.floor)], [warmup])
+    falling = max(round(cfg.decay * steps), 1)
+    stable_until = max(steps - falling, warmup)
+    return optax.join_schedules(
+        [up, optax.constant_schedule(top), optax.linear_schedule(top, end, falling)], [warmup, stable_until])
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups") -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`. Parameters below a key named `stacked` carry a leading layer axis.
+
+    Muon (Jordan et al. 2024, optax.contrib.muon) orthogonalises every matrix of a stack, and of an expert stack, on its
+    own; embeddings, heads, norms and biases go to AdamW.
+    """
+    schedule = make_schedule(cfg, steps)
+
+    def is_decayed(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, p: _rank(path, p, stacked) >= 2, params)
+
+    if cfg.name == "sgd":
+        core = optax.sgd(schedule)
+    elif cfg.name == "adamw":
+        core = optax.adamw(schedule, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=is_decayed)
+    else:
+        core = optax.contrib.muon(
+            schedule, weight_decay=cfg.weight_decay, weight_decay_mask=is_decayed, adam_b1=cfg.beta1,
+            adam_b2=cfg.beta2, adam_weight_decay=cfg.weight_decay,
+            consistent_rms=0.2,  # steps as large as AdamW's (Liu et al. 2025, eq. 4), so that one rate serves both
+            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, p: _dimensions(path, p, stacked), params))
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), core) if cfg.clip else core
+
+
+def _names(path: Any) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+
+
+def _rank(path: Any, p: Any, stacked: str) -> int:
+    return p.ndim - (stacked in _names(path))
+
+
+def _dimensions(path: Any, p: Any, stacked: str) -> Any:
+    """Which axes of a parameter form the matrix that Muon orthogonalises; None: AdamW."""
+    names = _names(path)
+    rank = _rank(path, p, stacked)
+    if stacked not in names or rank < 2 or "router" in names or p.ndim - 1 < 2 or names[-1].endswith("bias"):
+        return None
+    numbers = optax.contrib.MuonDimensionNumbers
+    if "attention" in names:  # [L, D, N, H] projects D to N·H; [L, N, H, D] back
+        return numbers((1, 2), (3,)) if names[-1] == "out" else numbers((1,), (2, 3))
+    return numbers((p.ndim - 2,), (p.ndim - 1,))  # [L, D, F], experts [L, E, D, s]
