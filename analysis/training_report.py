@@ -117,7 +117,7 @@ def _time(report: Report, lines: Lines, goodput: dict[str, Any] | None) -> None:
                    "start had taken and not saved.")
     if goodput:
         kinds = [kind for kind in KINDS if goodput["seconds"].get(kind, 0) > 0]
-        figure, axes = style.new_figure(7, 1.5)
+        figure, axes = style.new_figure(7, 2.0)
         left = 0.0
         for i, kind in enumerate(kinds):
             share = goodput["fractions"][kind]
@@ -125,7 +125,7 @@ def _time(report: Report, lines: Lines, goodput: dict[str, Any] | None) -> None:
             axes.barh([0], [share], left=left, color=colour, edgecolor="none", label=f"{kind} {share:.1%}")
             left += share
         axes.set(xlim=(0, 1), yticks=[], xlabel="share of wall time")
-        axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.5))
+        figure.legend(ncols=4, loc="outside lower center")
         rows = [{"kind": kind, "seconds": goodput["seconds"][kind], "share": goodput["fractions"][kind]}
                 for kind in kinds]
         told = f"{goodput['starts']} start(s), {goodput['total_seconds']:.0f} s in all."

@@ -88,6 +88,7 @@ def test_without_libtpu_it_says_so():
     assert done.returncode == 2 and "pip install 'jaxmodels[tpu]'" in done.stderr
 
 
+@pytest.mark.long
 @needs_libtpu
 @pytest.mark.parametrize("arguments, kinds", [
     (("lm_dense_pretrain", "mesh.fsdp=8", "data.batch=32", "model.dtype=bfloat16"), {"all-gather"}),
@@ -101,6 +102,7 @@ def test_compiles_for_eight_chips(arguments, kinds):
     assert "warning" not in done.stderr and len(done.stderr) < 2000  # libtpu's own noise stays in the child
 
 
+@pytest.mark.long
 @needs_libtpu
 def test_what_does_not_fit_fails():
     done = compile_command("lm_dense_pretrain", "model.d_model=8192", "model.layers=12", "model.active_width=32768",
@@ -109,6 +111,7 @@ def test_what_does_not_fit_fails():
     assert "GiB" in done.stderr or "does not fit" in done.stderr
 
 
+@pytest.mark.long
 @needs_libtpu
 def test_studies_have_no_step():
     done = compile_command("atlas", "--topology", "v5e:2x4")

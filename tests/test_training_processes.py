@@ -1,4 +1,7 @@
-"""Real processes: signals, kills, bad input, several processes (training_runtime.md sections 6 and 8)."""
+"""Real processes: signals, kills, bad input, several processes (training_runtime.md sections 6 and 8).
+
+Most are long: every one of them starts jax several times.
+"""
 
 import json
 import os
@@ -77,7 +80,8 @@ def whole(cache, tmp_path_factory):
     return [stable(line) for line in lines(out)]
 
 
-@pytest.mark.parametrize("moment", ["step", "evaluation", "data", "compile"])
+@pytest.mark.parametrize("moment", ["step", *(pytest.param(m, marks=pytest.mark.long)
+                                              for m in ("evaluation", "data", "compile"))])
 def test_sigterm(moment, whole, cache, tmp_path):
     out = tmp_path / "run"
     process = begin(out, cache, *([] if moment == "compile" else [f"slow={moment}"]),
@@ -85,8 +89,8 @@ def test_sigterm(moment, whole, cache, tmp_path):
     if moment == "compile":  # the folder appears just before it
         wait_for(lambda: (out / "config.json").exists(), process)
     else:
-        wait_for(lambda: len(lines(out)) >= {"step": 3, "evaluation": 9, "data": 8}[moment], process)
-        time.sleep(1.0)
+        wait_for(lambda: len(lines(out)) >= {"step": 3, "evaluation": 9, "data": 3}[moment], process)
+        time.sleep(3.0 if moment == "data" else 1.0)  # readers work ahead: their stall begins a few batches later
     process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
     code, told = end(process)
@@ -107,6 +111,7 @@ def test_sigterm(moment, whole, cache, tmp_path):
     assert [stable(line) for line in lines(out)] == whole
 
 
+@pytest.mark.long
 def test_sigusr1_saves_and_goes_on(whole, cache, tmp_path):
     out = tmp_path / "run"
     process = begin(out, cache, "slow=step", "loop.save_every=100")
@@ -118,6 +123,7 @@ def test_sigusr1_saves_and_goes_on(whole, cache, tmp_path):
     assert [stable(line) for line in lines(out)] == whole
 
 
+@pytest.mark.long
 def test_kill_9_under_the_supervisor(whole, cache, tmp_path):
     """The run completes, every step was taken, and every example was seen once among the committed steps."""
     out = tmp_path / "run"
@@ -172,18 +178,21 @@ def begin_two(out, cache, *overrides, **env):
     return [begin(out, cache, "mesh.data=2", *overrides, **join, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
-def test_two_processes_agree_with_one(whole, cache, tmp_path):
-    """G2 for processes: the same examples, losses equal to rounding; and a run goes on with another number of them."""
-    out = tmp_path / "run"
-    for process in begin_two(out, cache):
+@pytest.mark.long
+def test_two_processes_agree_with_one(cache, tmp_path):
+    """G2 for processes: the same examples and losses equal to rounding. (Without dropout: rows change places.)"""
+    for process in begin_two(tmp_path / "two", cache, "family=decoder"):
         code, told = end(process)
         assert code == 0, told
-    pair = lines(out)
-    assert [sorted(line["ids"]) for line in pair] == [sorted(line["ids"]) for line in whole]
-    assert pair[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
-    assert (out / "report.html").exists()
+    assert run(tmp_path / "one", cache, "family=decoder")[0] == 0
+    two, one = lines(tmp_path / "two"), lines(tmp_path / "one")
+    assert [sorted(line["ids"]) for line in two] == [sorted(line["ids"]) for line in one]
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+    assert (tmp_path / "two" / "report.html").exists()
 
 
+@pytest.mark.long
 def test_sigterm_to_one_of_two(cache, tmp_path):
     """Both save the same step and leave with 75; one process alone then goes on."""
     out = tmp_path / "run"
@@ -198,6 +207,7 @@ def test_sigterm_to_one_of_two(cache, tmp_path):
     assert [line["step"] for line in lines(out)] == list(range(1, 21))
 
 
+@pytest.mark.long
 def test_kill_9_of_one_of_two(cache, tmp_path):
     out = tmp_path / "run"
     pair = begin_two(out, cache, "slow=step", "loop.save_every=2")
@@ -240,25 +250,27 @@ def test_unwritable_folder(cache, tmp_path):
     assert code == 2 and "choose a writable --out" in stderr
 
 
+@pytest.mark.long
 def test_damaged_checkpoints(whole, cache, tmp_path):
-    """The newest damaged: the one before it, and the numbers come out the same. All damaged: exit 66, nothing lost."""
+    """The newest cut short: the one before it, and the numbers come out the same. All of them: exit 66, nothing lost.
+
+    (Flipped bits: tests/test_checkpoint.py.)
+    """
     out = tmp_path / "run"
     assert run(out, cache)[0] == 0
 
     def damage(step):
-        file = max((out / "checkpoints" / str(step)).rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
-        raw = bytearray(file.read_bytes())
-        raw[len(raw) // 2] ^= 1
-        file.write_bytes(raw)
+        for file in (out / "checkpoints" / str(step) / "state").rglob("d/*"):  # of some there are spare copies
+            file.write_bytes(file.read_bytes()[:-100])
 
     damage(20)
     code, stderr = run(out, cache)
-    assert code == 0 and "renamed to 20.corrupt" in stderr
+    assert code == 0 and "20.corrupt" in stderr and (out / "checkpoints" / "20.corrupt").is_dir()
     assert [stable(line) for line in lines(out)] == whole
     for step in committed(out):
         damage(step)
     code, stderr = run(out, cache)
-    assert code == 66 and "no valid checkpoint" in stderr
+    assert code == 66 and "start from scratch" in stderr
     assert run(out, cache)[0] == 66  # and it stays so: a restart never begins from scratch on its own
 
 
@@ -270,6 +282,7 @@ def test_not_a_number(cache, tmp_path):
     assert (out / "bad_examples.json").exists()
 
 
+@pytest.mark.long
 def test_another_model_in_the_folder(cache, tmp_path):
     out = tmp_path / "run"
     assert run(out, cache)[0] == 0
@@ -283,6 +296,7 @@ def test_another_model_in_the_folder(cache, tmp_path):
     assert committed(out) == [10, 15, 20]
 
 
+@pytest.mark.long
 def test_full_disk(cache, tmp_path):
     """A file-size limit stands in for the disk: no checkpoint can be written, twice in a row ends the run with 74."""
     out = tmp_path / "run"

@@ -1,7 +1,8 @@
 """Several processes: JAX's own runtime, found in the environment (training_runtime.md section 6).
 
-Slurm, Open MPI, Kubernetes jobs and TPU pods are recognised by jax itself; anything else sets JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID. See docs/launch.md.
+Slurm, Open MPI and the TPU pods of GKE are recognised by what they set, and jax finds the rest; anything else sets
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or JAXMODELS_DISTRIBUTED=auto to let jax look by itself
+(plain TPU VMs, whose neighbours only a metadata server knows, and Kubernetes jobs). See docs/launch.md.
 """
 
 import os
@@ -34,6 +35,8 @@ def plan(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
         if count == 1:
             return None
         return {"coordinator_address": environment[OURS[0]], "num_processes": count, "process_id": index}
+    if environment.get("JAXMODELS_DISTRIBUTED") == "auto":
+        return {}
     tasks = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     if "SLURM_PROCID" in environment and int(environment.get(tasks[0], 1)) > 1:
         return {}

@@ -121,14 +121,14 @@ class _Loop:
                         note = self._land(AHEAD, first)
                     advance(1, note)
                     if self._evaluates(self.step):
-                        self._land(0, first)
+                        self._settle(first)
                         self._evaluate()
                     if self.checkpoints.due(self.step) or self.step == cfg.steps or stop.save_requested:
                         stop.save_requested = False
-                        self._land(0, first)
+                        self._settle(first)
                         self._save()
         except _Stop:
-            self._land(0, first)
+            self._settle(first)
             self._save(wait=True)
             self._finish()
             raise Interrupted(f"stopped by {stop.requested} at step {self.step}, which is saved; the same command "
@@ -223,6 +223,11 @@ class _Loop:
             else:
                 self._log(line)
         return note
+
+    def _settle(self, first: int) -> None:
+        """Waits for every step in flight; that time is theirs."""
+        with self.goodput.step(self.step):
+            self._land(0, first)
 
     def _evaluates(self, step: int) -> bool:
         due = step % self.cfg.evaluate_every == 0 or step == self.cfg.steps

@@ -229,9 +229,11 @@ class RunFolder:
         return self._events
 
     def _close_writers(self) -> None:
-        for writer in (self._metrics, self._events):
-            if writer is not None:
-                writer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):  # a full disk: the error that ended the run is the one to tell
+                self._events.close()
         self._metrics = self._events = None
 
     def _is_untouched(self) -> bool:

@@ -47,7 +47,8 @@ class StopFlag:
         self.distributed = distributed
         handled = () if distributed else STOPPING
         before = {number: signal.signal(number, self._on_signal) for number in handled}
-        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
+        # A save takes all processes, and a signal reaches one: among several SIGUSR1 does nothing.
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN if distributed else self._on_save)
         try:
             yield self
         finally:
