@@ -142,6 +142,7 @@ def test_kill_9_under_the_supervisor(whole, cache, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_a_hundred_kills(whole, cache, tmp_path):
     """Random moments, saves and starts included: no committed step is ever lost, the numbers are those of one run."""
     moments = random.Random(0)
