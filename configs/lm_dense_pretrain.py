@@ -6,6 +6,7 @@
 
 from configs._pretrain import PRESETS
 from train.pretrain_config import ModelConfig, PretrainConfig
+from train.settings import LoopConfig
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "get_config"]
 
@@ -14,4 +15,4 @@ MINUTES: dict[str, float] = {}
 
 
 def get_config() -> PretrainConfig:
-    return PretrainConfig(model=ModelConfig())
+    return PretrainConfig(model=ModelConfig(), loop=LoopConfig(steps=450))

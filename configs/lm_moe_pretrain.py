@@ -12,6 +12,7 @@ report shows loss, bits per byte, the load of the experts, throughput, goodput a
 
 from configs._pretrain import PRESETS
 from train.pretrain_config import ModelConfig, PretrainConfig
+from train.settings import LoopConfig
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "get_config"]
 
@@ -20,4 +21,4 @@ MINUTES: dict[str, float] = {}
 
 
 def get_config() -> PretrainConfig:
-    return PretrainConfig(model=ModelConfig(experts=8, top_k=2))
+    return PretrainConfig(model=ModelConfig(experts=8, top_k=2), loop=LoopConfig(steps=450))
