@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.errors import Interrupted, UserError
 from train.data.pipeline import Batches, check_fingerprint
-from train.runtime import environment, files
+from train.runtime import files
 from train.runtime.checkpoint import Checkpoints
 from train.runtime.flops import mfu
 from train.runtime.goodput import Goodput
@@ -90,6 +90,7 @@ class _Loop:
         self.flying: collections.deque[tuple[int, Any]] = collections.deque()  # (step, metrics on the device)
         self.held: dict[str, Any] | None = None  # metrics of a finished step that wait for its evaluation
         self.step_seconds: list[float] = []
+        self._profiling = False
         self.clock: float | None = None  # when the last step was seen to be finished
         self.wandb = _start_wandb(run) if cfg.wandb and jax.process_index() == 0 else None
 
@@ -214,6 +215,8 @@ class _Loop:
                 line |= {"mfu": share} if share is not None else {}
             if self.cfg.log_ids:
                 line["ids"] = self._ids(step).tolist()
+            if self.checkpoints.failures:
+                line["failed_saves"] = self.checkpoints.failures
             self.goodput.reached(step)
             note = _note(line)
             if line["bad"] >= self.cfg.max_bad_steps:
@@ -282,7 +285,6 @@ class _Loop:
             self.checkpoints.save(self.step, self._single(), {
                 "data": batches.fingerprint(), "examples_seen": examples, "held": self.held,
                 "config": self.run.config, "mesh": dict(self.mesh.shape), "processes": jax.process_count(),
-                "versions": environment.versions(), "git": environment.git_commit(),
             }, wait=wait)
         self.goodput.write()
         self.clock = None
@@ -301,7 +303,7 @@ class _Loop:
             self._stop_profile()
 
     def _stop_profile(self) -> None:
-        if getattr(self, "_profiling", False):
+        if self._profiling:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
             self._profiling = False

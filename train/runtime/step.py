@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError
+from jaxmodels.kernels.varying import vary
 from train.runtime.mesh import BATCH, batch_sharding, replicated
 from train.runtime.state import Blueprint, State, merge, split
 from train.settings import AXES, Style
@@ -141,7 +142,7 @@ def make_step(step: TrainStep, blueprint: Blueprint, mesh: Mesh, style: Style = 
 
 
 def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    return jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), tree) if axes else tree
+    return jax.tree.map(lambda a: vary(a, axes), tree)
 
 
 def _choose(ok: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
