@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from jaxmodels.errors import UserError
 from jaxmodels.kernels import grouped_matmul, grouped_outer
-from jaxmodels.kernels.grouped_matmul import Implementation, api, cpu, register
+from jaxmodels.kernels.grouped_matmul import Implementation, api, cpu, register, tilemap
 
 CHOICES = ["reference", "xla", "cpu", "loop", None]
 
@@ -193,7 +193,7 @@ def test_cpu_blocks_cover_every_row_once():
         even = np.ones(5) / 5
         for sizes in (rng.multinomial(rows, even), rng.multinomial(rows // 2, even), np.zeros(5, int),
                       rows * np.eye(5, dtype=int)[2]):  # fmt: skip
-            blocks = cpu.make_blocks(jnp.asarray(sizes, jnp.int32), rows, size)
+            blocks = tilemap.make_blocks(jnp.asarray(sizes, jnp.int32), rows, size)
             group, start, stop = (np.asarray(a)[: blocks.count] for a in blocks[1:])
             owner = np.repeat(np.arange(5), sizes)
             covered = [r for a, b in zip(start, stop, strict=True) for r in range(a, b)]

@@ -18,39 +18,17 @@ The loop loses on the smallest sizes (8, 64, 128, 8: 0.16 against 0.09) and in t
 (8, 576, 32, 48: 0.65 against 0.49), where api.py keeps the others.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.kernels.grouped_matmul.tilemap import Blocks, make_blocks
 from jaxmodels.kernels.varying import vary, varying_axes
 
 
 def unfit(shape, groups, dtype) -> str | None:
     here = jax.default_backend()
     return None if here == "cpu" else f"only on the CPU backend, this is {here}"
-
-
-class Blocks(NamedTuple):
-    """Rows start..stop-1 of one group, at most `size`. V = ceil(M / size) + G slots, the first `count` in use."""
-
-    count: Int[Array, ""]
-    group: Int[Array, "V"]
-    start: Int[Array, "V"]
-    stop: Int[Array, "V"]
-
-
-def make_blocks(group_sizes: Int[Array, "G"], rows: int, size: int) -> Blocks:
-    """The blocks of all groups in order. Each group starts a block of its own: fewer than blocks on a fixed grid."""
-    groups = group_sizes.shape[0]
-    ends = jnp.cumsum(group_sizes)
-    per_group = -(-group_sizes // size)
-    last = jnp.cumsum(per_group)  # blocks up to and with each group
-    slot = jnp.arange(-(-rows // size) + groups)
-    group = jnp.minimum(jnp.searchsorted(last, slot, side="right"), groups - 1).astype(jnp.int32)
-    start = (ends - group_sizes)[group] + size * (slot - (last - per_group)[group])
-    return Blocks(last[-1], group, start, jnp.minimum(start + size, ends[group]))
 
 
 def matmul(
