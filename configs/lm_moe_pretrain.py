@@ -6,6 +6,7 @@ report shows loss, bits per byte, the load of the experts, throughput, goodput a
 
     jaxmodels run lm_moe_pretrain                      # about a quarter of an hour on two cores
     jaxmodels run lm_moe_pretrain preset=tiny          # under a minute: checks an installation
+    jaxmodels sweep lm_moe_pretrain grid=twins seeds=3                    # against its dense twin
     jaxmodels run lm_moe_pretrain mesh.data=2 mesh.expert=4               # eight devices; several hosts: docs/launch.md
     jaxmodels compile lm_moe_pretrain --topology v5e:2x4 mesh.expert=4    # for a TPU that is not here
 """
@@ -14,10 +15,11 @@ from configs._pretrain import PRESETS
 from train.pretrain_config import ModelConfig, PretrainConfig
 from train.settings import LoopConfig
 
-__all__ = ["MINUTES", "NEEDS", "PRESETS", "get_config"]
+__all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
 
 NEEDS = ()
 MINUTES: dict[str, float] = {}
+GRIDS = {"twins": {"mixture": {}, "dense": {"model.experts": 0}}}  # as many active parameters for each token
 
 
 def get_config() -> PretrainConfig:

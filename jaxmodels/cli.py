@@ -130,26 +130,59 @@ def command_run(arguments: argparse.Namespace) -> int:
 
     config = resolve(arguments.name, arguments.overrides)
     _prepare_jax()
-    from train.runtime import distributed
     from train.runtime.config import load_function
+
+    operational = getattr(config, "operational", ())
+    with _open_run(find(arguments.name).name, to_dict(config), arguments.out, operational) as run:
+        load_function(config.entry)(config, run)
+    if run.writes:
+        print(_build_report(run.dir, config.report))
+    return 0
+
+
+@contextlib.contextmanager
+def _open_run(name: str, config: dict, out: str | None, operational: Sequence[str]):
+    """The run folder, locked, with signals heard; among several processes all but the first leave writing to it."""
+    from train.runtime import distributed
     from train.runtime.progress import clock
     from train.runtime.run_folder import RunFolder
     from train.runtime.signals import stop
 
     start = time.monotonic()
-    name = find(arguments.name).name
     several = distributed.initialize()
-    first = not several or distributed.process_index() == 0  # the others compute, and leave writing and talking to it
-    folder = RunFolder.open(name, to_dict(config), arguments.out, follower=not first,
-                            operational=getattr(config, "operational", ()))
+    follower = several and distributed.process_index() != 0
+    folder = RunFolder.open(name, config, out, follower=follower, operational=operational)
+    tell = functools.partial(print, file=sys.stderr) if not follower else lambda *_: None
     with stop.listening(several), folder as run:
-        tell = functools.partial(print, file=sys.stderr) if first else lambda *_: None
         tell(f"{name}: {'resuming' if run.resumed else 'running'} in {run.dir}")
-        load_function(config.entry)(config, run)
+        yield run
         tell(f"{name}: done in {clock(time.monotonic() - start)}")
-        directory = run.dir
-    if first:
-        print(_build_report(directory, config.report))
+
+
+def _sweep_arguments(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="an experiment of `jaxmodels list`")
+    parser.add_argument("overrides", metavar="grid=... seeds=N key=value", nargs="+",
+                        help="a grid that the experiment names, or key=value,value;key=value,value; seeds (default 1); "
+                        "keys for all trials")
+    parser.add_argument("--out", metavar="DIR", help="sweep folder (default: runs/NAME-sweep-<hash>)")
+
+
+def command_sweep(arguments: argparse.Namespace) -> int:
+    """Run an experiment with every variant of a grid and several seeds; writes one report that compares them.
+
+    Trials lie in the sweep's folder, each a run of its own. The same command goes on where it stopped; raising seeds
+    adds to what is there.
+    """
+    from train import sweep
+
+    planned = sweep.plan(arguments.name, arguments.overrides)
+    _prepare_jax()
+    with _open_run(planned.name, planned.config, arguments.out, planned.operational) as run:
+        failure = sweep.run(planned, run, _build_report)
+    if run.writes:
+        print(_build_report(run.dir, planned.config["report"]))
+    if failure:  # after the report of those that went well
+        raise failure
     return 0
 
 
@@ -489,6 +522,7 @@ def command_bench(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], int]]] = {
     "list": (_list_arguments, command_list),
     "run": (_run_arguments, command_run),
+    "sweep": (_sweep_arguments, command_sweep),
     "split": (_split_arguments, command_split),
     "prune": (_prune_arguments, command_prune),
     "generate": (_generate_arguments, command_generate),

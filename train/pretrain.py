@@ -99,9 +99,9 @@ def plan_step(cfg: PretrainConfig, mesh: Mesh) -> Planned:
 
 
 def prepare_data(cfg: PretrainConfig, folder: RunFolder) -> Path:
-    """Tokenizer and packed records, in the run's ``data-*`` folder; made once, by the first process of a disk."""
+    """Tokenizer and packed records, in a ``data-*`` folder of the run (or its sweep); made once a disk."""
     about = {"seed": cfg.seed, **{key: getattr(cfg.data, key) for key in ("source", "vocab_size", "length")}}
-    data = folder.dir / f"data-{config_hash(about)}"
+    data = folder.shared / f"data-{config_hash(about)}"
     if jax.process_index() == 0 and not records.is_prepared(data):
         _prepare(cfg, folder, data)
     if jax.process_count() > 1:

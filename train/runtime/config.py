@@ -5,7 +5,8 @@ An experiment is a module ``configs/<name>.py`` with
 * ``get_config()`` -> one frozen dataclass (nested if need be) with ``entry="module:function"`` and
   ``report="module:function"``;
 * ``PRESETS``: ``{preset: {dotted key: value}}``;  ``NEEDS``: names of data and weights;
-* ``MINUTES``: ``{preset: minutes on two cores}``;  a docstring, whose first line `jaxmodels list` shows.
+* ``MINUTES``: ``{preset: minutes on two cores}``;  ``GRIDS``: ``{grid: {variant: {dotted key: value}}}`` for sweeps;
+* a docstring, whose first line `jaxmodels list` shows.
 
 Values are typed by the annotations of the dataclass. Importing an experiment must stay light: entry points are strings.
 """
@@ -54,6 +55,7 @@ class Experiment:
     presets: Mapping[str, Mapping[str, object]]
     needs: tuple[str, ...]
     minutes: Mapping[str, float]
+    grids: Mapping[str, Mapping[str, Mapping[str, object]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ def find(name: str) -> Experiment:
         presets=getattr(module, "PRESETS", {}),
         needs=tuple(getattr(module, "NEEDS", ())),
         minutes=getattr(module, "MINUTES", {}),
+        grids=getattr(module, "GRIDS", {}),
     )
 
 
@@ -111,7 +114,7 @@ def resolve(name: str, overrides: Iterable[str] | Mapping[str, object] = ()) -> 
     Raises UserError for an unknown preset or key and for a value that its annotation does not allow.
     """
     experiment = find(name)
-    given = dict(overrides) if isinstance(overrides, Mapping) else dict(_split(text) for text in overrides)
+    given = dict(overrides) if isinstance(overrides, Mapping) else dict(map(split_override, overrides))
     preset = given.pop("preset", DEFAULT_PRESET)
     if preset != DEFAULT_PRESET and preset not in experiment.presets:
         raise UserError(f"unknown preset {preset!r}; {did_you_mean(preset, {DEFAULT_PRESET, *experiment.presets})}")
@@ -168,7 +171,8 @@ def load_function(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _split(text: str) -> tuple[str, str]:
+def split_override(text: str) -> tuple[str, str]:
+    """``key=value`` as (key, value). Raises UserError if it is not."""
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise UserError(f"{text!r} is not key=value; write it as {text.strip('= ') or 'key'}=VALUE")

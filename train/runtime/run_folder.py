@@ -37,7 +37,13 @@ HOUSE_FILES = {LOCK, CONFIG, RESULTS}  # all that a run that never started leave
 
 
 class RunFolder:
-    """One run's folder, locked while it is open. Use it as a context manager: the way it ends becomes `status`."""
+    """One run's folder, locked while it is open. Use it as a context manager: the way it ends becomes `status`.
+
+    resumed: whether an earlier start was here; was_complete: whether it came to its end. shared: where what several
+    stages can use is kept (the outermost folder). writes: whether this process writes the run's files.
+    """
+
+    writes = True
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run",
                  operational: Sequence[str] = ()):
@@ -47,7 +53,7 @@ class RunFolder:
         a run may be continued with others.
         Raises UserError if it cannot be written, is in use, holds another config's run or is not a run folder.
         """
-        self.dir = Path(directory)
+        self.dir = self.shared = Path(directory)
         self.name = name
         self.config, self._operational = files.plain(dict(config)), tuple(operational)
         self._stages: list[RunFolder] = []
@@ -55,6 +61,7 @@ class RunFolder:
         self._lock = _lock(self.dir)
         try:
             self.resumed = self._claim()
+            self.was_complete = self.resumed and self.results().get("status") == "complete"
             self._last_step = self._repair_metrics()
         except BaseException:
             self.close()
@@ -127,9 +134,12 @@ class RunFolder:
         """Arrays of ``name.npz``; None if it is absent or (with a warning) damaged: compute it again."""
         return files.load_npz(self.dir / f"{name}.npz")
 
-    def stage(self, name: str, config: Mapping[str, Any] | None = None) -> "RunFolder":
+    def stage(self, name: str, config: Mapping[str, Any] | None = None, operational: Sequence[str] = ()
+              ) -> "RunFolder":
         """A run folder inside this one for one stage of a study, closed with it. Use it in a ``with`` block too."""
-        stage = RunFolder(self.dir / name, self.config if config is None else config, f"{self.name}/{name}")
+        config = self.config if config is None else config
+        stage = type(self)(self.dir / name, config, f"{self.name}/{name}", operational)
+        stage.shared = self.shared
         self._stages.append(stage)
         return stage
 
@@ -153,7 +163,6 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         self._started = time.monotonic()
         results = {key: value for key, value in self.results().items() if key != "error"}
-        self._was_complete = results.get("status") == "complete"
         files.write_json(self.dir / RESULTS, {**results, "status": "running"})
         return self
 
@@ -165,7 +174,7 @@ class RunFolder:
                 shutil.rmtree(self.dir)  # bad input leaves nothing half-written
                 return
             end = {"status": "complete"}
-            if not self._was_complete:  # of all starts together, but for those that were killed
+            if not self.was_complete:  # of all starts together, but for those that were killed
                 end["seconds"] = round(self.results().get("seconds", 0) + time.monotonic() - self._started, 3)
             if isinstance(error, (Interrupted, KeyboardInterrupt)):
                 end["status"] = "interrupted"
@@ -246,10 +255,14 @@ class Follower(RunFolder):
     (Checkpoints are written by all processes together; they do not go through here.)
     """
 
+    writes = False
+
     def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run",
                  operational: Sequence[str] = ()):
-        self.dir, self.name, self.config = Path(directory), name, files.plain(dict(config))
+        self.dir = self.shared = Path(directory)
+        self.name, self.config = name, files.plain(dict(config))
         self.resumed, self._stages = (self.dir / CONFIG).exists(), []
+        self.was_complete = self.results().get("status") == "complete"
 
     def log(self, step: int, **metrics: Any) -> None: ...
     def truncate_metrics(self, step: int) -> None: ...
@@ -258,9 +271,6 @@ class Follower(RunFolder):
 
     def save_npz(self, name: str, **arrays: Any) -> Path:
         return self.dir / f"{name}.npz"
-
-    def stage(self, name: str, config: Mapping[str, Any] | None = None) -> "RunFolder":
-        return Follower(self.dir / name, self.config if config is None else config, f"{self.name}/{name}")
 
     def progress(self, total: int, label: str, done: int = 0) -> AbstractContextManager[Advance]:
         return contextlib.nullcontext(lambda n=1, note="": None)
