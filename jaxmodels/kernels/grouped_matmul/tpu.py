@@ -1,0 +1,346 @@
+"""The grouped products as Pallas kernels for the TPU: bf16 and float32, accumulated in float32 (moe_split.md 6.3-6.6).
+
+The tile map (tilemap.py) goes ahead of the kernels into scalar memory; the index maps read from it which tile of rows
+and whose matrix each step needs, so one program serves every routing, and only visits that exist are run.
+
+Memory tiles are pinned to multiples of `Config.rows`, what is computed is not: in a tile that a group does not fill,
+pieces of 128 rows start at the group's first row, rounded down to what a vector load can start at, and only those that
+hold rows of the group are multiplied. Tiles of memory that begin at a group's first row as well would overlap their
+neighbours in the output: the pipeline writes a block back whole and without order among blocks that overlap, and each
+block would need the last rows of the one before. Pinned, neighbours share a block, which stays in VMEM between their
+visits and is merged there under a row mask.
+
+Not differentiable by itself; api.py gives the gradients. No speed of it has been measured.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmodels.errors import UserError
+from jaxmodels.kernels.grouped_matmul.tilemap import make_visits
+from jaxmodels.kernels.varying import varying_axes
+
+try:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+except ImportError as error:
+    pl, pltpu, _MISSING = None, None, str(error)
+else:
+    _MISSING = None
+
+_PIECE = 128  # rows of a product that a partly filled tile is computed in: the side of the matrix unit before v6e
+_LANES = 128
+_VMEM = 30 * 2**20  # for blocks: half of the 64 MiB that v5p and TPU7x have, the least of those compiled for
+_SMEM = 2**19  # for the tile map: half of the 1 MiB that every generation since v4 has
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes, in the letters of x [M, K] and w [G, K, N]: `rows` of M, `inner` of K, `columns` of N.
+
+    The defaults are the ones to start tuning from (moe_split.md 6.6); a tile is never larger than the array.
+    """
+
+    rows: int = 512
+    inner: int = 1024
+    columns: int = 1024
+
+
+def unfit(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
+    """Why the kernels cannot run on x of this shape with this many groups here, or None."""
+    if _MISSING is not None:
+        return f"Pallas for the TPU cannot be imported ({_MISSING})"
+    if (here := jax.default_backend()) != "tpu":
+        return f"only on a TPU, this is {here}"
+    return _unsupported(shape, groups, dtype)
+
+
+def matmul(
+    x: Float[Array, "M K"], w: Float[Array, "G _ _"], group_sizes: Int[Array, "G"], *,
+    transpose_w: bool, out_dtype: Any, config: Config | None = None, interpret: Any = False,
+) -> Float[Array, "M N"]:  # fmt: skip
+    """Rows of group e times w[e] (G K N; G N K with `transpose_w`), fwd and dX of moe_split.md 6.2; tail rows zero."""
+    (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
+    _check(x, w, group_sizes)
+    if 0 in (rows, inner, columns):
+        return jnp.zeros((rows, columns), out_dtype)
+    config = _clamp(config or Config(), rows, inner, columns, x.dtype)
+    limit = _vmem_limit(vmem_bytes(config, "matmul", x.dtype, out_dtype))
+
+    @jax.custom_batching.sequential_vmap
+    def product(x, w, group_sizes):
+        return _matmul(x, w, group_sizes, transpose_w, jnp.dtype(out_dtype), config, limit, interpret)
+
+    return product(x, w, group_sizes)
+
+
+def outer(
+    x: Float[Array, "M K"], dy: Float[Array, "M N"], group_sizes: Int[Array, "G"], *,
+    out_dtype: Any, config: Config | None = None, interpret: Any = False,
+) -> Float[Array, "G K N"]:  # fmt: skip
+    """x_e^T dy_e over the rows of each group, dW of moe_split.md 6.2; exactly zero for an empty group."""
+    (rows, inner), columns = x.shape, dy.shape[1]
+    _check(x, dy, group_sizes)
+    if 0 in (rows, inner, columns):
+        return jnp.zeros((group_sizes.shape[0], inner, columns), out_dtype)
+    config = _clamp(config or Config(), rows, inner, columns, x.dtype)
+    limit = _vmem_limit(vmem_bytes(config, "outer", x.dtype, out_dtype))
+
+    @jax.custom_batching.sequential_vmap
+    def product(x, dy, group_sizes):
+        return _outer(x, dy, group_sizes, jnp.dtype(out_dtype), config, limit, interpret)
+
+    return product(x, dy, group_sizes)
+
+
+def vmem_bytes(config: Config, product: str, dtype: Any, out_dtype: Any) -> int:
+    """VMEM that `product` ("matmul" or "outer") holds: two buffers of each block, the float32 accumulator."""
+    size, out = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
+    # A block's last axis fills whole registers of 128 lanes.
+    rows, inner, columns = config.rows, _up(config.inner, _LANES), _up(config.columns, _LANES)
+    left, right, result = rows * inner, inner * columns, rows * columns
+    if product == "outer":
+        left, right, result = left, result, right
+    return 2 * (size * (left + right) + out * result) + 4 * result
+
+
+def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret):
+    (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
+    visits = make_visits(group_sizes, rows, config.rows, every_tile=True)
+    steps = pl.cdiv(inner, config.inner)
+    tail = inner % config.inner  # columns of x in the last, partial step; 0 when it is whole
+    align, piece = _sublanes(x.dtype), min(_PIECE, config.rows)
+    contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
+
+    def kernel(group, tile, first, stop, x_ref, w_ref, y_ref, sum_ref):
+        visit, step = pl.program_id(1), pl.program_id(2)
+        low, high = first[visit] - tile[visit] * config.rows, stop[visit] - tile[visit] * config.rows
+        start, pieces = _pieces(low, high, config.rows, align, piece)
+        whole = high - low == config.rows
+
+        def accumulate(at, width):
+            # The last partial step multiplies only what the arrays hold: what lies behind it in the blocks, NaN
+            # perhaps, is not read. (Rows of neighbouring groups are, and do not mix with the group's own.)
+            left = x_ref[at, :width]
+            right = w_ref[:, :width] if transpose_w else w_ref[:width, :]
+            sum_ref[at, :] += _dot(left, right, contract)
+
+        def each_piece(function):
+            jax.lax.fori_loop(0, pieces, lambda i, _: function(pl.ds(_multiple(start + i * piece, align), piece)), None)
+
+        def multiply(width):
+            pl.when(whole)(lambda: accumulate(slice(None), width))
+            pl.when(jnp.logical_not(whole))(lambda: each_piece(lambda at: accumulate(at, width)))
+
+        @pl.when((step == 0) & (pieces > 0))
+        def _():
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+
+        if tail == 0:
+            multiply(config.inner)
+        else:
+            pl.when(step < steps - 1)(lambda: multiply(config.inner))
+            pl.when(step == steps - 1)(lambda: multiply(tail))
+
+        def merge(at):
+            row = at.start + jax.lax.broadcasted_iota(jnp.int32, (piece, y_ref.shape[1]), 0)
+            mine = (row >= low) & (row < high)
+            # Through float32: v5e has no vector unit for bf16.
+            y_ref[at, :] = jnp.where(mine, sum_ref[at, :], y_ref[at, :].astype(jnp.float32)).astype(out_dtype)
+
+        @pl.when(step == steps - 1)
+        def _():
+            @pl.when(whole)
+            def _():
+                y_ref[...] = sum_ref[...].astype(out_dtype)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                # The first to come clears the tile: rows that no group owns stay zero.
+                @pl.when((visit == 0) | (tile[visit] != tile[jnp.maximum(visit - 1, 0)]))
+                def _():
+                    y_ref[...] = jnp.zeros_like(y_ref)
+
+                each_piece(merge)
+
+    # A visit without rows keeps the blocks of the step before it, so that nothing is fetched.
+    def x_block(column, visit, step, group, tile, first, stop):
+        busy = first[visit] < stop[visit]
+        last = jax.lax.div(jnp.maximum(first[visit] - 1, 0), jnp.int32(config.rows))
+        return jnp.where(busy, tile[visit], last), jnp.where(busy, step, steps - 1)
+
+    def w_block(column, visit, step, group, tile, first, stop):
+        step = jnp.where(first[visit] < stop[visit], step, steps - 1)
+        return (group[visit], column, step) if transpose_w else (group[visit], step, column)
+
+    def y_block(column, visit, step, group, tile, first, stop):
+        return tile[visit], column
+
+    sides = (config.columns, config.inner) if transpose_w else (config.inner, config.columns)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(pl.cdiv(columns, config.columns), visits.count, steps),
+            in_specs=[pl.BlockSpec((config.rows, config.inner), x_block), pl.BlockSpec((None, *sides), w_block)],
+            out_specs=pl.BlockSpec((config.rows, config.columns), y_block),
+            scratch_shapes=[pltpu.VMEM((config.rows, config.columns), jnp.float32)],
+        ),
+        out_shape=_struct((rows, columns), out_dtype, x, w, group_sizes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
+        ),
+        interpret=interpret,
+        name="grouped_matmul_transposed" if transpose_w else "grouped_matmul",
+    )(*visits[1:], x, w)
+
+
+def _outer(x, dy, group_sizes, out_dtype, config, limit, interpret):
+    (rows, inner), columns, groups = x.shape, dy.shape[1], group_sizes.shape[0]
+    visits = make_visits(group_sizes, rows, config.rows, every_group=True)
+    align, piece = _sublanes(x.dtype), min(_PIECE, config.rows)
+    # Rows against rows: the transposed left operand is the matrix unit's matter, x is not copied.
+    contract = (((0,), (0,)), ((), ()))
+
+    def kernel(group, tile, first, stop, x_ref, dy_ref, dw_ref, sum_ref):
+        visit = pl.program_id(2)
+        low, high = first[visit] - tile[visit] * config.rows, stop[visit] - tile[visit] * config.rows
+        start, pieces = _pieces(low, high, config.rows, align, piece)
+        whole = high - low == config.rows
+
+        @pl.when((visit == 0) | (group[visit] != group[jnp.maximum(visit - 1, 0)]))
+        def _():
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+
+        @pl.when(whole)
+        def _():
+            sum_ref[...] += _dot(x_ref[...], dy_ref[...], contract)
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            def add(i, _):
+                begin = _multiple(start + i * piece, align)
+
+                def own(ref):
+                    row = begin + jax.lax.broadcasted_iota(jnp.int32, (piece, ref.shape[1]), 0)
+                    block = ref[pl.ds(begin, piece), :]
+                    mine = (row >= low) & (row < high)
+                    return jnp.where(mine, block.astype(jnp.float32), 0).astype(block.dtype)
+
+                # Both are masked: a neighbour's NaN in either would survive the other's zero.
+                sum_ref[...] += _dot(own(x_ref), own(dy_ref), contract)
+
+            jax.lax.fori_loop(0, pieces, add, None)
+
+        final = pl.num_programs(2) - 1
+
+        @pl.when((visit == final) | (group[visit] != group[jnp.minimum(visit + 1, final)]))
+        def _():
+            dw_ref[...] = sum_ref[...].astype(out_dtype)
+
+    def x_block(k, n, visit, group, tile, first, stop):
+        return tile[visit], k
+
+    def dy_block(k, n, visit, group, tile, first, stop):
+        return tile[visit], n
+
+    def dw_block(k, n, visit, group, tile, first, stop):
+        return group[visit], k, n
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(pl.cdiv(inner, config.inner), pl.cdiv(columns, config.columns), visits.count),
+            in_specs=[
+                pl.BlockSpec((config.rows, config.inner), x_block),
+                pl.BlockSpec((config.rows, config.columns), dy_block),
+            ],
+            out_specs=pl.BlockSpec((None, config.inner, config.columns), dw_block),
+            scratch_shapes=[pltpu.VMEM((config.inner, config.columns), jnp.float32)],
+        ),
+        out_shape=_struct((groups, inner, columns), out_dtype, x, dy, group_sizes),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit
+        ),
+        interpret=interpret,
+        name="grouped_outer",
+    )(*visits[1:], x, dy)
+
+
+def _pieces(low, high, rows: int, align: int, piece: int):
+    """Where the pieces of a tile begin that cover rows low..high-1, and how many: none overlap, none leave the tile."""
+    begin = _multiple(jax.lax.div(low, jnp.int32(align)) * align, align)
+    count = jnp.where(high > low, jax.lax.div(high - begin + (piece - 1), jnp.int32(piece)), 0)
+    return jnp.minimum(begin, rows - count * piece), count
+
+
+def _dot(left, right, contract):
+    # float32 by default means one pass of bf16.
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jax.lax.dot_general(left, right, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _multiple(value, of: int):
+    return pl.multiple_of(value, of)
+
+
+def _sublanes(dtype: Any) -> int:
+    """Rows of a vector register's tile: where a load may start without a shift."""
+    return 8 * 4 // jnp.dtype(dtype).itemsize
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _struct(shape, dtype, *operands):
+    """Inside shard_map, an output that varies along the mesh axes of the operands."""
+    axes = varying_axes(*operands)
+    return jax.ShapeDtypeStruct(
+        shape, dtype, **({"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {})
+    )
+
+
+def _clamp(config: Config, rows: int, inner: int, columns: int, dtype: Any) -> Config:
+    """Tiles no larger than the arrays, of sides that a block may have: a whole axis, or a multiple of a register's."""
+    align = _sublanes(dtype)
+    height = _up(min(config.rows, rows), align)
+    height = _up(height, _PIECE if height > _PIECE else align)
+
+    def width(tile: int, axis: int) -> int:
+        return axis if tile >= axis else _up(tile, _LANES)
+
+    return Config(height, width(config.inner, inner), width(config.columns, columns))
+
+
+def _vmem_limit(needed: int) -> int:
+    """What to ask the compiler for: the blocks, and as much again for values on their way between them."""
+    if needed > _VMEM:
+        raise UserError(
+            f"the tiles need {needed / 2**20:.1f} MiB of VMEM, of {_VMEM / 2**20:.0f} that may be used; "
+            "give a config of smaller rows, inner or columns"
+        )
+    return max(2 * needed, 16 * 2**20)
+
+
+def _check(x: Any, other: Any, group_sizes: Any) -> None:
+    if _MISSING is not None:
+        raise UserError(f"Pallas for the TPU cannot be imported ({_MISSING}); name another implementation")
+    if x.dtype != other.dtype:
+        raise UserError(f"the operands are {x.dtype} and {other.dtype}; the TPU kernels need one dtype, cast either")
+    if (reason := _unsupported(x.shape, group_sizes.shape[0], x.dtype)) is not None:
+        raise UserError(f"the TPU kernels cannot run: {reason}")
+
+
+def _unsupported(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        return f"bfloat16 and float32 only, x is {jnp.dtype(dtype)}"
+    slots = -(-shape[0] // Config.rows) + groups
+    if 16 * slots > _SMEM:  # four int32 a visit
+        return f"{groups} groups and {shape[0]} rows make a tile map of {16 * slots} bytes, scalar memory takes {_SMEM}"
+    return None
