@@ -1,0 +1,161 @@
+"""The part that all grouped products on Hopper share: one producer that loads, two consumers that multiply and store.
+
+Persistent blocks walk a list of output tiles. In each block one warp group issues bulk copies (TMA) into a ring of
+stages, and two warp groups multiply (wgmma), 64 rows of the tile each. The ring does not end with a tile: while the
+consumers store one, the producer already fills stages for the next. Only imported where a kernel is built.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+HALF = 64  # rows of the output tile for each of the two consumers: the height of a wgmma
+SWIZZLE = 128  # bytes of a row of a shared-memory tile; with it, loads and stores have no bank conflicts
+PRODUCER = 2  # index of the warp group that loads; 0 and 1 multiply
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # 128 * (40 + 2 * 232) of the 65536 on a multiprocessor
+
+
+class Visit(NamedTuple):
+    """One output tile: how many steps of the contraction, and whether the second consumer has rows in it."""
+
+    steps: jax.Array
+    second: jax.Array
+    where: Any  # what `load` and `store` need to find it
+
+
+def build(
+    *,
+    config: Any,
+    dtype: Any,
+    out_type: jax.ShapeDtypeStruct,
+    right_block: tuple[int, int],
+    flip_left: bool,
+    flip_right: bool,
+    plan: Callable[[Sequence[Any]], tuple[jax.Array, Callable[[jax.Array], Visit]]],
+    load: Callable[..., None],
+    store: Callable[..., None],
+    arrivals: int,
+    name: str,
+    interpret: Any = None,
+) -> Callable[..., jax.Array]:
+    """A function of the operands that runs the kernel.
+
+    `plan(refs)` gives the number of output tiles and what describes one.
+    `load(refs, where, step, left, right, barrier)` issues `arrivals` copies into left [2, 64, 64] and right.
+    `store(out, where, half, column, block)` issues the copy of `block` [64, 128 bytes] to that column of the tile.
+    `flip_left`, `flip_right`: the operand lies transposed in shared memory; wgmma reads it so, no copy is made.
+    """
+    stages, columns, out_dtype = config.stages, config.columns, out_type.dtype
+    chunk = SWIZZLE // out_dtype.itemsize
+    swizzled = lambda itemsize, rows: (  # noqa: E731
+        plgpu.TilingTransform((rows, SWIZZLE // itemsize)), plgpu.SwizzleTransform(SWIZZLE)
+    )  # fmt: skip
+
+    def body(*refs, left, right, staged, full, empty):
+        *operands, out = refs
+        block, blocks, me = lax.axis_index("block"), lax.axis_size("block"), lax.axis_index("thread")
+        tiles, visit = plan(operands)
+        mine = lax.div(tiles - block + (blocks - 1), jnp.int32(blocks))  # tiles block, block + blocks, ...
+        slot_of = lambda count: lax.rem(count, jnp.int32(stages))  # noqa: E731
+
+        def produce():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def tile(i, count):
+                steps, _, where = visit(block + i * blocks)
+
+                def step(k, count):
+                    slot = slot_of(count)
+                    plgpu.barrier_wait(empty.at[slot])
+                    load(operands, where, k, left.at[slot], right.at[slot], full.at[slot])
+                    return count + 1
+
+                return lax.fori_loop(0, steps, step, count)
+
+            lax.fori_loop(0, mine, tile, jnp.int32(0))
+            for slot in range(stages):  # nobody may arrive at a barrier of a block that has ended
+                plgpu.barrier_wait(empty.at[slot])
+
+        def consume():
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            for slot in range(stages):  # all stages are free: the producer waits on the first round as on the others
+                plgpu.barrier_arrive(empty.at[slot])
+
+            def tile(i, count):
+                steps, second, where = visit(block + i * blocks)
+                busy = (me == 0) | second
+                products = jnp.where(busy, steps, 0)
+
+                def accumulate(acc):
+                    def step(k, count):
+                        slot = slot_of(count)
+                        plgpu.barrier_wait(full.at[slot])
+                        a, b = left.at[slot, me], right.at[slot]
+                        a, b = a.transpose((1, 0)) if flip_left else a, b.transpose((1, 0)) if flip_right else b
+                        plgpu.wgmma(acc, a, b)
+                        plgpu.wgmma_wait(1)  # all but the product just issued are done, so the stage before is free
+
+                        @pl.when(k > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[slot_of(count + (stages - 1))])
+
+                        return count + 1
+
+                    lax.fori_loop(0, products, step, count)
+                    return acc[...]
+
+                y = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns)))
+
+                @pl.when(products > 0)
+                def _():
+                    plgpu.barrier_arrive(empty.at[slot_of(count + products - 1)])
+
+                def skip(k, count):
+                    plgpu.barrier_wait(full.at[slot_of(count)])
+                    plgpu.barrier_arrive(empty.at[slot_of(count)])
+                    return count + 1
+
+                lax.fori_loop(0, steps - products, skip, count)
+
+                @pl.when(busy)
+                def _():
+                    for c in range(columns // chunk):
+                        buffer = staged.at[me, c % 2]
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copy out of this buffer, two ago
+                        buffer[...] = y[:, c * chunk : (c + 1) * chunk].astype(out_dtype)
+                        plgpu.commit_smem()
+                        store(out, where, me, c * chunk, buffer)
+
+                return count + steps
+
+            lax.fori_loop(0, mine, tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.cond(me == PRODUCER, produce, consume)
+
+    itemsize = jnp.dtype(dtype).itemsize
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(config.blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="thread",
+        scratch_types={
+            "left": plgpu.SMEM((stages, 2, HALF, 64), dtype, transforms=swizzled(itemsize, 8)),
+            "right": plgpu.SMEM((stages, *right_block), dtype, transforms=swizzled(itemsize, 8)),
+            # Tiles of one row lie in memory as tiles of eight do, and let `store` take any number of rows.
+            "staged": plgpu.SMEM((2, 2, HALF, chunk), out_dtype, transforms=swizzled(out_dtype.itemsize, 1)),
+            "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        },
+        # jax 0.12 made the other one the default. This one wants no proof that rows begin at multiples of a tile.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name=name,
+        interpret=interpret,
+    )

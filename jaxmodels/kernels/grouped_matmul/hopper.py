@@ -1,0 +1,303 @@
+"""The grouped products on NVIDIA Hopper (compute capability 9), in Pallas Mosaic GPU: bulk copies, wgmma, fp32 sums.
+
+Rows meet their matrices in tiles of 128 rows that begin at the first row of a group (moe_split.md 6.3), as two halves
+of 64 rows that are placed on their own: the last of a group slides back to end with the group. Rows in both halves are
+computed twice, to the same bits, and nothing has to be masked. Of a group under 64 rows the halves store a power of two
+of rows each, the first and the last ones. Rows past the last group are a group of their own whose products have no
+terms.
+
+The gradient of the matrices sums over rows, so there a foreign row must not count, NaN or not. The incomplete last 64
+rows of each group are copied to the side with zeros below them, both operands, and the kernel reads them from there.
+
+Neither operand is ever transposed in memory. Sizes need 16-byte rows for bulk copies: other widths are padded, which
+copies the operands; choose multiples of 8.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmodels.errors import UserError
+from jaxmodels.kernels.grouped_matmul.tilemap import make_blocks
+from jaxmodels.kernels.varying import vary, varying_axes
+
+SHARED_BYTES = 232_448  # shared memory one block may use on compute capability 9.0 (CUDA programming guide, table 21)
+MULTIPROCESSORS = 132  # of an H100 SXM; used where no GPU is there to ask
+_HALF = 64
+_TILE = 2 * _HALF
+_DTYPES = ("bfloat16", "float16")  # wgmma reads only 16-bit types transposed
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel cuts the work. The output tile is 128 rows x `columns`, the contraction goes 64 at a time.
+
+    `band`: tiles that run at the same time cover this many tiles downwards, and share their columns of the weights.
+    `blocks`: persistent thread blocks, one a multiprocessor.
+    """
+
+    columns: int = 256
+    stages: int = 4
+    band: int = 8
+    blocks: int = MULTIPROCESSORS
+
+    def __post_init__(self):
+        if self.columns % 64 or not 64 <= self.columns <= 256:
+            raise UserError(f"columns={self.columns}; a wgmma takes 64, 128, 192 or 256")
+        if self.stages < 2 or self.band < 1 or self.blocks < 1:
+            raise UserError(f"{self}: at least 2 stages, a band and a block of 1 are needed")
+        if self.shared_bytes() > SHARED_BYTES:
+            raise UserError(f"{self} needs {self.shared_bytes()} bytes of shared memory, {SHARED_BYTES} are there; "
+                            f"choose fewer stages or columns")  # fmt: skip
+
+    def shared_bytes(self) -> int:
+        """Operands of all stages, two 8 KiB buffers for the stores of each consumer, and 1 KiB for barriers."""
+        return self.stages * _stage_bytes(self.columns) + 4 * _HALF * 128 + 1024
+
+
+def _stage_bytes(columns: int) -> int:
+    return 2 * 64 * (_TILE + columns)
+
+
+def default_config(columns: int, *, blocks: int | None = None) -> Config:
+    """The width of tile that wastes least at the right edge, wider ones preferred, and as many stages as fit, up to 6.
+
+    A product reads 128 + c numbers a step for 128 c multiplications: the narrower, the more shared-memory traffic.
+    """
+    widths = [c for c in (256, 192, 128, 64) if c <= max(columns, 64)]
+    # 3, 10 and 30 %: guesses at what narrow tiles cost, not measured; they decide only between similar wastes.
+    penalty = {256: 1.0, 192: 1.03, 128: 1.1, 64: 1.3}
+    best = min(widths, key=lambda c: -(-columns // c) * c * penalty[c])
+    free = SHARED_BYTES - 4 * _HALF * 128 - 1024
+    return Config(best, min(6, free // _stage_bytes(best)), blocks=blocks or _multiprocessors())
+
+
+def unfit(shape, groups, dtype) -> str | None:
+    """Why this cannot run here, or None: a GPU of compute capability 9.x and a 16-bit float type are needed."""
+    if jnp.dtype(dtype).name not in _DTYPES:
+        return f"takes {' and '.join(_DTYPES)}, not {jnp.dtype(dtype).name}"
+    if jax.default_backend() != "gpu":
+        return f"only on a CUDA GPU of compute capability 9.x, this is {jax.default_backend()}"
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if not capability.startswith("9."):
+        return f"only on compute capability 9.x, {device.device_kind} has {capability}"
+    return None
+
+
+def matmul(
+    x: Float[Array, "M K"], w: Float[Array, "G _ _"], group_sizes: Int[Array, "G"], *, transpose_w: bool, out_dtype,
+    config: Config | None = None, interpret: Any = None,
+) -> Float[Array, "M N"]:  # fmt: skip
+    """Rows of each group times its matrix [K, N], or [N, K] with `transpose_w`; zero past the last group."""
+    _check(x, w, out_dtype)
+    rows, width = x.shape
+    columns = w.shape[1 if transpose_w else 2]
+    if rows == 0 or columns == 0 or width == 0 or w.shape[0] == 0:
+        return vary(jnp.zeros((rows, columns), out_dtype), varying_axes(x, w, group_sizes))
+    config = config or default_config(columns)
+
+    @jax.custom_batching.sequential_vmap
+    def product(x, w, group_sizes):
+        x, w = _pad(x, (0, 64), (1, 64)), _pad(w, (1, 64), (2, 64))
+        return _matmul(x, w, group_sizes, transpose_w, jnp.dtype(out_dtype), config, interpret)[:rows, :columns]
+
+    return vary(product(x, w, group_sizes), varying_axes(x, w, group_sizes))
+
+
+def outer(
+    x: Float[Array, "M K"], dy: Float[Array, "M N"], group_sizes: Int[Array, "G"], *, out_dtype,
+    config: Config | None = None, interpret: Any = None,
+) -> Float[Array, "G K N"]:  # fmt: skip
+    """x_e^T dy_e for each group e; exactly zero for an empty one."""
+    _check(x, dy, out_dtype)
+    (rows, width), columns, groups = x.shape, dy.shape[1], group_sizes.shape[0]
+    if 0 in (rows, width, columns, groups):
+        return vary(jnp.zeros((groups, width, columns), out_dtype), varying_axes(x, dy, group_sizes))
+    config = config or default_config(columns)
+
+    @jax.custom_batching.sequential_vmap
+    def product(x, dy, group_sizes):
+        x, dy = _pad(x, (0, 64), (1, 64)), _pad(dy, (0, 64), (1, 64))
+        return _outer(x, dy, group_sizes, jnp.dtype(out_dtype), config, interpret)[:, :width, :columns]
+
+    return vary(product(x, dy, group_sizes), varying_axes(x, dy, group_sizes))
+
+
+def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, interpret):
+    from jax import lax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxmodels.kernels.grouped_matmul import _hopper_kernel
+
+    (rows, width), groups = x.shape, w.shape[0]
+    columns = w.shape[1 if transpose_w else 2]
+    config = _narrow(config, columns)
+    across = -(-columns // config.columns)
+    terms = -(-width // 64)
+    count, table = halves(group_sizes, rows)
+
+    def plan(refs):
+        used = refs[0][0]
+        return used * across, functools.partial(visit, refs[1], used)
+
+    def visit(table, used, tile):
+        # Down a band of row tiles, then to the next columns: what runs at once shares rows and weights through L2.
+        area = jnp.int32(config.band * across)
+        first = lax.div(tile, area) * config.band
+        height = jnp.minimum(used - first, config.band)
+        within = lax.rem(tile, area)
+        row_tile, column = first + lax.rem(within, height), lax.div(within, height)
+        start, slid, code = (table[i, row_tile] for i in range(3))
+        group, second, log = lax.div(code, 16), lax.rem(lax.div(code, 8), 2), lax.rem(code, 8)
+        steps = jnp.where(group < groups, terms, 0)
+        return _hopper_kernel.Visit(steps, second == 1, (group, start, slid, log, column * config.columns))
+
+    def load(refs, where, step, left, right, barrier):
+        group, start, slid, _, column = where
+        along, over = pl.ds(step * 64, 64), pl.ds(column, config.columns)
+        for half, first in enumerate((start, slid)):
+            plgpu.copy_gmem_to_smem(refs[2].at[pl.ds(first, _HALF), along], left.at[half], barrier)
+        matrix = refs[3].at[group]
+        plgpu.copy_gmem_to_smem(matrix.at[over, along] if transpose_w else matrix.at[along, over], right, barrier)
+
+    def store(out, where, half, offset, block):
+        _, start, slid, log, column = where
+        first = jnp.where(half == 0, start, slid)
+        for i in range(7):  # the shape of a bulk copy is static: one for each power of two
+
+            @pl.when((log == i) & (column + offset < columns))
+            def _(size=2**i):
+                target = out.at[pl.ds(first, size), pl.ds(column + offset, block.shape[1])]
+                plgpu.copy_smem_to_gmem(block.at[pl.ds(0, size)], target)
+
+    kernel = _hopper_kernel.build(
+        config=config, dtype=x.dtype, out_type=jax.ShapeDtypeStruct((rows, columns), out_dtype),
+        right_block=(config.columns, 64) if transpose_w else (64, config.columns),
+        flip_left=False, flip_right=transpose_w, plan=plan, load=load, store=store, arrivals=3,
+        name="grouped_matmul_transposed" if transpose_w else "grouped_matmul", interpret=interpret,
+    )  # fmt: skip
+    return kernel(count, table, x, w)
+
+
+def halves(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "1"], Int[Array, "3 V"]]:
+    """The number of row tiles and, for each, first rows of the two halves and 16 group + 8 second + log2(stored rows).
+
+    `second`: the other half has rows of its own. Group G stands for the rows past the last group.
+    """
+    sizes = jnp.concatenate([group_sizes.astype(jnp.int32), (rows - jnp.sum(group_sizes, dtype=jnp.int32))[None]])
+    blocks = make_blocks(sizes, rows, _TILE)
+    start, stop = blocks.start.astype(jnp.int32), blocks.stop.astype(jnp.int32)
+    size, end = sizes[blocks.group], jnp.cumsum(sizes, dtype=jnp.int32)[blocks.group]
+    log = jnp.sum(size[:, None] >= 2 ** np.arange(1, 7), axis=1, dtype=jnp.int32)
+    stored = 1 << log
+    second = jnp.where(size < _HALF, size > stored, stop - start > _HALF)
+    first = jnp.minimum(jnp.stack([start, start + _HALF]), end - stored)
+    code = 16 * blocks.group.astype(jnp.int32) + 8 * second + log
+    table = jnp.concatenate([jnp.maximum(first, 0), code[None]])  # below 0 only in slots not in use
+    return blocks.count.astype(jnp.int32)[None], table
+
+
+def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
+    from jax import lax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from jaxmodels.kernels.grouped_matmul import _hopper_kernel
+
+    (rows, width), columns, groups = x.shape, dy.shape[1], group_sizes.shape[0]
+    config = _narrow(config, columns)
+    down, across = -(-width // _TILE), -(-columns // config.columns)
+    band = min(config.band, down)
+    sizes = group_sizes.astype(jnp.int32)
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+
+    def plan(refs):
+        return jnp.int32(groups * down * across), functools.partial(visit, refs[0])
+
+    def visit(table, tile):
+        group, within = lax.div(tile, jnp.int32(down * across)), lax.rem(tile, jnp.int32(down * across))
+        area = jnp.int32(band * across)
+        first = lax.div(within, area) * band
+        height = jnp.minimum(down - first, band)
+        inside = lax.rem(within, area)
+        row, column = (first + lax.rem(inside, height)) * _TILE, lax.div(inside, height) * config.columns
+        start, size = table[0, group], table[1, group]
+        steps = lax.div(size + 63, 64)
+        return _hopper_kernel.Visit(steps, row + _HALF < width, (group, start, lax.div(size, 64), row, column))
+
+    def load(refs, where, step, left, right, barrier):
+        group, start, whole, row, column = where
+
+        def copy(rows_of_x, rows_of_dy):
+            for half in range(2):
+                plgpu.copy_gmem_to_smem(rows_of_x.at[:, pl.ds(row + half * _HALF, _HALF)], left.at[half], barrier)
+            plgpu.copy_gmem_to_smem(rows_of_dy.at[:, pl.ds(column, config.columns)], right, barrier)
+
+        taken = pl.ds(start + step * 64, 64)
+        lax.cond(
+            step < whole,
+            lambda: copy(refs[1].at[taken], refs[2].at[taken]),
+            lambda: copy(refs[3].at[group], refs[4].at[group]),
+        )
+
+    def store(out, where, half, offset, block):
+        group, _, _, row, column = where
+
+        @pl.when(column + offset < columns)
+        def _():
+            target = out.at[group, pl.ds(row + half * _HALF, _HALF), pl.ds(column + offset, block.shape[1])]
+            plgpu.copy_smem_to_gmem(block, target)
+
+    kernel = _hopper_kernel.build(
+        config=config, dtype=x.dtype, out_type=jax.ShapeDtypeStruct((groups, width, columns), out_dtype),
+        right_block=(64, config.columns), flip_left=True, flip_right=False,
+        plan=plan, load=load, store=store, arrivals=3, name="grouped_outer", interpret=interpret,
+    )  # fmt: skip
+    ends = _ends(starts, sizes, rows)
+    return kernel(jnp.stack([starts, sizes]), x, dy, _last_rows(x, *ends), _last_rows(dy, *ends))
+
+
+def _ends(starts, sizes, rows: int):
+    """[G, 64] rows that follow the last whole 64 of each group, and whether they still belong to it."""
+    row = (starts + sizes // 64 * 64)[:, None] + jnp.arange(64)
+    return jnp.minimum(row, rows - 1), row < (starts + sizes)[:, None]
+
+
+def _last_rows(a, row, belongs):
+    # Selected, not multiplied: the rows below may hold NaN. A zero in one operand would not stop it in the other.
+    return jnp.where(belongs[:, :, None], a[row], jnp.zeros((), a.dtype))
+
+
+def _narrow(config: Config, columns: int) -> Config:
+    """The same with tiles not wider than the output: a bulk copy may end past the edge, not be larger than all."""
+    return Config(min(config.columns, columns // 64 * 64), config.stages, config.band, config.blocks)
+
+
+def _pad(a, *axes: tuple[int, int]):
+    """Zeros up to a multiple of 8 (the last two axes may be contiguous) and at least the given size."""
+    pads = [(0, 0)] * a.ndim
+    for axis, least in axes:
+        size = a.shape[axis]
+        target = max(size if axis == 0 else -(-size // 8) * 8, least)
+        pads[axis] = (0, target - size)
+    return jnp.pad(a, pads) if any(after for _, after in pads) else a
+
+
+def _check(x, other, out_dtype) -> None:
+    if x.dtype != other.dtype or x.dtype.name not in _DTYPES:
+        raise UserError(f"the Hopper kernel takes {' or '.join(_DTYPES)} for both, not {x.dtype} and {other.dtype}")
+    if jnp.dtype(out_dtype).name not in (*_DTYPES, "float32"):
+        raise UserError(f"the Hopper kernel writes {', '.join(_DTYPES)} and float32, not {jnp.dtype(out_dtype).name}")
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else MULTIPROCESSORS
