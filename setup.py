@@ -33,7 +33,8 @@ REQUIRES = [
     "tensorboardX>=2.6.2",
     "Django>=5.2",  # text of its gettext catalogues only; it is never imported
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "ruff>=0.9", "hypothesis>=6.100"]
+QUANTIZE = ["qwix>=0.1.8"]
+TEST = [*QUANTIZE, "pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "ruff>=0.9", "hypothesis>=6.100"]
 
 ROOMS = ("jaxmodels", "train", "analysis", "configs")
 
@@ -52,6 +53,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "hub": ["huggingface_hub>=1"],
+        "quantize": QUANTIZE,
         "bench": ["psutil>=6", "torch>=2.13"],  # the peer that benchmarks run side by side
         "test": TEST,
     },

@@ -229,7 +229,7 @@ def test_a_change_is_named_with_the_way_out(change, told):
     with pytest.raises(UserError) as error:
         check_fingerprint(saved, now, "raise")
     assert told in str(error.value) and "\n" not in str(error.value)
-    assert "data.on_change=restart" in str(error.value) and "data.on_change=reseek" in str(error.value)
+    assert "loop.on_change=restart" in str(error.value) and "loop.on_change=reseek" in str(error.value)
     assert check_fingerprint(saved, now, "restart") == 0
     assert check_fingerprint(saved, now, "reseek") is None
     for on_change in ("raise", "restart", "reseek"):

@@ -232,11 +232,11 @@ def test_a_signal_ends_the_run_between_units(tmp_path, number):
     assert json.loads((tmp_path / "r/results.json").read_text())["status"] == "interrupted"
 
 
-def test_a_second_signal_ends_a_deaf_process_at_once(tmp_path):
+def test_a_second_interrupt_ends_a_deaf_process_at_once(tmp_path):
     process = start(STOPPABLE, tmp_path / "r", "deaf")
     assert process.stdout.readline() == "open\n"
     process.send_signal(signal.SIGINT)
-    while "again: at once" not in process.stderr.readline():
+    while "(Ctrl-C: at once)" not in process.stderr.readline():
         pass
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -93,6 +93,8 @@ def test_sigterm(moment, whole, cache, tmp_path):
         time.sleep(3.0 if moment == "data" else 1.0)  # readers work ahead: their stall begins a few batches later
     process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # who signals every process of a job reaches it twice, once by the supervisor
     code, told = end(process)
     taken = time.monotonic() - sent
     assert code == 75, told
@@ -171,12 +173,17 @@ def test_a_hundred_kills(whole, cache, tmp_path):
 # Several processes
 
 
-def begin_two(out, cache, *overrides, **env):
+def begin_several(count, out, cache, *overrides, **env):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAXMODELS_HEARTBEAT": "10"} | env
-    return [begin(out, cache, "mesh.data=2", *overrides, **join, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return [begin(out, cache, *overrides, **join, **({"JAXMODELS_HEARTBEAT": "10"} | env), JAX_PROCESS_ID=str(i))
+            for i in range(count)]
+
+
+def begin_two(out, cache, *overrides, **env):
+    return begin_several(2, out, cache, "mesh.data=2", *overrides, **env)
 
 
 @pytest.mark.long
@@ -191,6 +198,20 @@ def test_two_processes_agree_with_one(cache, tmp_path):
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-3)
     assert (tmp_path / "two" / "report.html").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", [("mesh.data=4",), ("mesh.data=1", "mesh.fsdp=2", "mesh.expert=2")])
+def test_four_processes_agree_with_one(mesh, cache, tmp_path):
+    """The same over four processes, with a mixture of experts that travels between them."""
+    for process in begin_several(4, tmp_path / "four", cache, *mesh, "family=moe", "loop.steps=4"):
+        code, told = end(process)
+        assert code == 0, told
+    assert run(tmp_path / "one", cache, "family=moe", "loop.steps=4")[0] == 0
+    four, one = lines(tmp_path / "four"), lines(tmp_path / "one")
+    assert [sorted(line["ids"]) for line in four] == [sorted(line["ids"]) for line in one]
+    assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert [line["loss"] for line in four] == pytest.approx([line["loss"] for line in one], rel=1e-3)
 
 
 @pytest.mark.long
@@ -243,6 +264,50 @@ def test_bad_values(overrides, told, cache, tmp_path):
     assert code == 2 and told in stderr
     assert stderr.strip().splitlines()[-1].startswith("jaxmodels: ")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("overrides, told", [
+    (["model.remat=some"], "remat policy 'some' is unknown; choose from none, nothing_saveable"),
+    (["data.batch=7", "loop.accumulate=2"], "batch 7 is not divisible by accumulate 2"),
+    (["data.source=path:nowhere"], "nowhere is not a folder"),
+    (["data.vocab_size=10"], "data.vocab_size=10 must be at least 258"),
+])
+def test_bad_values_of_pretraining(overrides, told, cache, tmp_path):
+    words = [sys.executable, "-m", "jaxmodels.cli", "run", "lm_moe_pretrain", "preset=tiny", *overrides]
+    done = subprocess.run([*words, "--out", str(tmp_path / "run")], cwd=ROOT, env=environment(cache), text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2 and told in done.stderr.splitlines()[-1], done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_changed_data_and_seed(cache, tmp_path):
+    """The run's own folder refuses another config; a checkpoint refuses other data, and names what changed."""
+    out = tmp_path / "run"
+    assert run(out, cache, "loop.steps=20")[0] == 0
+    code, stderr = run(out, cache, "seed=1")
+    assert code == 2 and "seed: 0 -> 1" in stderr
+    record = json.loads((out / "config.json").read_text())
+    record["config"]["records"] = 60  # as if the files had grown since
+    (out / "config.json").write_text(json.dumps(record))
+    before = committed(out)
+    code, stderr = run(out, cache, "records=60")
+    assert code == 2 and "records" in stderr.splitlines()[-1] and "loop.on_change" in stderr.splitlines()[-1], stderr
+    assert committed(out) == before
+
+
+def test_a_file_that_is_not_text(cache, tmp_path):
+    """It is left out, counted and named: replaced characters would be learned."""
+    for name in ("a", "b"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        (tmp_path / "text" / name / "good.txt").write_text("some words to read, again and again. " * 400)
+    (tmp_path / "text" / "a" / "bad.txt").write_bytes(bytes(range(128, 256)) * 50)
+    words = [sys.executable, "-m", "jaxmodels.cli", "run", "lm_dense_pretrain", "preset=tiny", "data.vocab_size=262",
+             "data.batch=2", "loop.steps=2", "samples=0", f"data.source=path:{tmp_path / 'text'}"]
+    done = subprocess.run([*words, "--out", str(tmp_path / "run")], cwd=ROOT, env=environment(cache), text=True,
+                          capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "1 files are not UTF-8 and are left out: a/bad.txt" in done.stderr
 
 
 def test_unwritable_folder(cache, tmp_path):

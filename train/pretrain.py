@@ -24,6 +24,7 @@ from train.data.python_source import documents
 from train.objectives.language_model import LanguageModel
 from train.optimizers import make_optimizer, make_schedule
 from train.pretrain_config import PretrainConfig
+from train.quantize import quantize
 from train.runtime import flops, loop
 from train.runtime.aot import Planned
 from train.runtime.config import config_hash
@@ -66,7 +67,8 @@ def make_plan(cfg: PretrainConfig, decoder: DecoderConfig, mesh: Mesh) -> Bluepr
 
 
 def build_model(cfg: PretrainConfig, decoder: DecoderConfig, key: jax.Array) -> Decoder:
-    return Decoder(decoder, rngs=nnx.Rngs(params=key))
+    model = Decoder(decoder, rngs=nnx.Rngs(params=key))
+    return model if cfg.model.quantize == "none" else quantize(model, cfg.model.quantize)
 
 
 def train_step(cfg: PretrainConfig, plan: Blueprint, decoder: DecoderConfig) -> TrainStep:

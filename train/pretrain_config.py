@@ -25,6 +25,7 @@ class ModelConfig:
     balance_bias: bool = True  # keep experts loaded by biases that no gradient moves (see balance.*)
     tied: bool = True  # one matrix for embedding and head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and moments are float32
+    quantize: Literal["none", "int8", "fp8"] = "none"  # products of attention and dense layers, by qwix
     remat: str = "none"  # what the forward pass keeps: none (all), nothing_saveable, dots_saveable ...
     scan: bool = True  # one compiled layer for all; false to debug
 

@@ -75,7 +75,8 @@ class Experts(nnx.Module):
 
     def _route(self, x, probe):
         """(experts int32[B, T, k], weights float32[B, T, k] or None for ones). Scores are float32."""
-        cfg, p = self.cfg, {name: w[...].astype(jnp.float32) for name, w in self.router.items()}
+        cfg, p = self.cfg, {name: w[...].astype(jnp.float32) for name, w in self.router.items()
+                       if isinstance(w, nnx.Variable)}  # qwix leaves marks of its own in every module
         x32 = x.astype(jnp.float32)
         if cfg.router == "softmax":
             scores = jax.nn.softmax(probe("router.logits", x32 @ p["weight"]))

@@ -16,7 +16,9 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
         y = jax.lax.platform_dependent(x, weight, cpu=_in_pieces, default=jnp.matmul)
     else:
         # Flat: XLA's gradient in the weight of a product with three axes takes up to twice as long on CPU.
-        y = (x.reshape(-1, D) @ weight).reshape(*x.shape[:-1], -1)
+        # lax.dot_general and not @, whose trace jax keeps: quantised training (train/quantize.py) replaces the former,
+        # and a kept trace would stay quantised for the next model of this shape.
+        y = jax.lax.dot_general(x.reshape(-1, D), weight, (((1,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias.astype(x.dtype)
 
 

@@ -143,7 +143,7 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], on_chang
     Raises UserError, listing what differs, if anything does and `on_change` is ``raise``.
     """
     if on_change not in ("raise", "restart", "reseek"):
-        raise UserError(f"data.on_change is {on_change!r}; set it to raise, restart or reseek")
+        raise UserError(f"loop.on_change is {on_change!r}; set it to raise, restart or reseek")
     before, after = dict(_leaves(saved)), dict(_leaves(now))
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     if not keys or on_change == "reseek":
@@ -154,7 +154,7 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], on_chang
     more = f" and {len(told) - 8} more" if len(told) > 8 else ""
     raise UserError(
         f"the data changed since the checkpoint: {', '.join(told[:8])}{more}; "
-        "set data.on_change=restart (from the first example) or data.on_change=reseek (go on at the same count)"
+        "set loop.on_change=restart (from the first example) or loop.on_change=reseek (go on at the same count)"
     )
 
 

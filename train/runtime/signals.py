@@ -1,7 +1,9 @@
-"""Asking a run to stop: the first signal sets a flag, which every loop reads; the second ends the process at once.
+"""Asking a run to stop: a signal sets a flag, which every loop reads.
 
-SIGTERM and SIGINT: save, stop (exit code 75). SIGUSR1: save and go on. Among several processes jax itself catches
-SIGTERM and agrees with the others on a step (`stop.at_step`); a handler of ours would hide the signal from it.
+SIGTERM and SIGINT: save, stop (exit code 75). A second Ctrl-C ends the process at once; a second SIGTERM changes
+nothing, for schedulers that signal every process of a job reach a run twice. SIGUSR1: save and go on. Among several
+processes jax itself catches SIGTERM and agrees with the others on a step (`stop.at_step`); a handler of ours would hide
+the signal from it.
 """
 
 import contextlib
@@ -61,10 +63,10 @@ class StopFlag:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        for other in STOPPING:  # the system itself ends the process at the second signal, even inside a long XLA call
-            signal.signal(other, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system itself ends the process, even inside a long XLA call
         # os.write: a signal may arrive inside a print, where print itself is not re-entrant
-        os.write(2, f"\n{self.requested}: stopping after the current step (again: at once)\n".encode())
+        os.write(2, f"\n{self.requested}: stopping after the current step (Ctrl-C: at once)\n".encode())
 
 
 stop = StopFlag()
