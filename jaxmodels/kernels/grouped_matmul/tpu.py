@@ -13,7 +13,7 @@ visits and is merged there under a row mask.
 Not differentiable by itself; api.py gives the gradients. No speed of it has been measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,20 +34,24 @@ else:
 
 _PIECE = 128  # rows of a product that a partly filled tile is computed in: the side of the matrix unit before v6e
 _LANES = 128
-_VMEM = 30 * 2**20  # for blocks: half of the 64 MiB that v5p and TPU7x have, the least of those compiled for
+_VMEM = 32 * 2**20  # for blocks: half of the 64 MiB that v5p and TPU7x have, the least of those compiled for
 _SMEM = 2**19  # for the tile map: half of the 1 MiB that every generation since v4 has
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes, in the letters of x [M, K] and w [G, K, N]: `rows` of M, `inner` of K, `columns` of N.
+    """Tile sizes, at most, in the letters of x [M, K] and w [G, K, N]: `rows` of M, `inner` of K, `columns` of N.
 
-    The defaults are the ones to start tuning from (moe_split.md 6.6); a tile is never larger than the array.
+    The defaults are the ones to start tuning from (moe_split.md 6.6). `whole`: `matmul` holds all of K in VMEM and
+    takes `inner` of it at a time, where that fits. A group's columns of w are then read once for all its visits; in
+    blocks of `inner` they are read again in every visit, and a visit of r rows computes 2 r operations for each
+    two-byte value, where v6e needs 560 to be busy.
     """
 
     rows: int = 512
     inner: int = 1024
     columns: int = 1024
+    whole: bool = True
 
 
 def unfit(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
@@ -68,8 +72,8 @@ def matmul(
     _check(x, w, group_sizes)
     if 0 in (rows, inner, columns):
         return jnp.zeros((rows, columns), out_dtype)
-    config = _clamp(config or Config(), rows, inner, columns, x.dtype)
-    limit = _vmem_limit(vmem_bytes(config, "matmul", x.dtype, out_dtype))
+    config = tiles("matmul", (rows, inner, columns), x.dtype, out_dtype, config)
+    limit = vmem_limit(vmem_bytes("matmul", inner, x.dtype, out_dtype, config))
 
     @jax.custom_batching.sequential_vmap
     def product(x, w, group_sizes):
@@ -87,8 +91,8 @@ def outer(
     _check(x, dy, group_sizes)
     if 0 in (rows, inner, columns):
         return jnp.zeros((group_sizes.shape[0], inner, columns), out_dtype)
-    config = _clamp(config or Config(), rows, inner, columns, x.dtype)
-    limit = _vmem_limit(vmem_bytes(config, "outer", x.dtype, out_dtype))
+    config = tiles("outer", (rows, inner, columns), x.dtype, out_dtype, config)
+    limit = vmem_limit(vmem_bytes("outer", inner, x.dtype, out_dtype, config))
 
     @jax.custom_batching.sequential_vmap
     def product(x, dy, group_sizes):
@@ -97,22 +101,51 @@ def outer(
     return product(x, dy, group_sizes)
 
 
-def vmem_bytes(config: Config, product: str, dtype: Any, out_dtype: Any) -> int:
-    """VMEM that `product` ("matmul" or "outer") holds: two buffers of each block, the float32 accumulator."""
+def tiles(
+    product: str, shape: tuple[int, int, int], dtype: Any, out_dtype: Any, config: Config | None = None
+) -> Config:
+    """The tiles that `product` ("matmul" or "outer") of shape (M, K, N) runs with: no larger than the arrays, of sides
+    that a block may have (a whole axis, or whole registers), an axis cut evenly."""
+    config, align = config or Config(), _sublanes(dtype)
+    height = _up(min(config.rows, shape[0]), align)
+    height = _up(height, _PIECE if height > _PIECE else align)
+
+    def width(tile: int, axis: int) -> int:
+        return axis if tile >= axis else _up(-(-axis // -(-axis // tile)), _LANES)
+
+    chosen = Config(height, width(config.inner, shape[1]), width(config.columns, shape[2]), config.whole)
+    fits = product == "matmul" and vmem_bytes(product, shape[1], dtype, out_dtype, chosen) <= _VMEM
+    return replace(chosen, whole=chosen.whole and fits)
+
+
+def vmem_bytes(product: str, inner: int, dtype: Any, out_dtype: Any, config: Config) -> int:
+    """VMEM that the tiles hold for an axis K of `inner`: two buffers of each block, the float32 accumulator."""
     size, out = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
     # A block's last axis fills whole registers of 128 lanes.
-    rows, inner, columns = config.rows, _up(config.inner, _LANES), _up(config.columns, _LANES)
-    left, right, result = rows * inner, inner * columns, rows * columns
+    rows, columns = config.rows, _up(config.columns, _LANES)
+    held = _up(inner if product == "matmul" and config.whole else config.inner, _LANES)
+    left, right, result = rows * held, held * columns, rows * columns
     if product == "outer":
         left, right, result = left, result, right
     return 2 * (size * (left + right) + out * result) + 4 * result
 
 
+def vmem_limit(needed: int) -> int:
+    """What to ask the compiler for: the blocks, and room for its own (registers that it spills: up to 2 MiB seen)."""
+    if needed > _VMEM:
+        raise UserError(
+            f"the tiles need {needed / 2**20:.1f} MiB of VMEM, of {_VMEM / 2**20:.0f} that may be used; "
+            "give a config of smaller rows, inner or columns"
+        )
+    return needed + needed // 4 + 4 * 2**20
+
+
 def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret):
     (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
     visits = make_visits(group_sizes, rows, config.rows, every_tile=True)
-    steps = pl.cdiv(inner, config.inner)
-    tail = inner % config.inner  # columns of x in the last, partial step; 0 when it is whole
+    held = inner if config.whole else config.inner  # columns of x in a block
+    steps = pl.cdiv(inner, held)
+    chunks, tail = held // config.inner, inner % config.inner
     align, piece = _sublanes(x.dtype), min(_PIECE, config.rows)
     contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
 
@@ -122,29 +155,38 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
         start, pieces = _pieces(low, high, config.rows, align, piece)
         whole = high - low == config.rows
 
-        def accumulate(at, width):
-            # The last partial step multiplies only what the arrays hold: what lies behind it in the blocks, NaN
-            # perhaps, is not read. (Rows of neighbouring groups are, and do not mix with the group's own.)
-            left = x_ref[at, :width]
-            right = w_ref[:, :width] if transpose_w else w_ref[:width, :]
-            sum_ref[at, :] += _dot(left, right, contract)
+        def add(at, part):
+            # Rows of neighbouring groups are multiplied too, and do not mix with the group's own.
+            sum_ref[at, :] += _dot(x_ref[at, part], w_ref[:, part] if transpose_w else w_ref[part, :], contract)
+
+        def accumulate(at, chunks, tail):
+            def chunk(i, _):
+                add(at, pl.ds(_multiple(i * config.inner, _LANES), config.inner))
+
+            if chunks > 1:
+                jax.lax.fori_loop(0, chunks, chunk, None)
+            elif chunks == 1:
+                add(at, slice(0, config.inner))
+            if tail:
+                # Only what the arrays hold: what a partial block has beyond, NaN perhaps, is read from neither side.
+                add(at, slice(chunks * config.inner, chunks * config.inner + tail))
 
         def each_piece(function):
             jax.lax.fori_loop(0, pieces, lambda i, _: function(pl.ds(_multiple(start + i * piece, align), piece)), None)
 
-        def multiply(width):
-            pl.when(whole)(lambda: accumulate(slice(None), width))
-            pl.when(jnp.logical_not(whole))(lambda: each_piece(lambda at: accumulate(at, width)))
+        def multiply(chunks, tail):
+            pl.when(whole)(lambda: accumulate(slice(None), chunks, tail))
+            pl.when(jnp.logical_not(whole))(lambda: each_piece(lambda at: accumulate(at, chunks, tail)))
 
         @pl.when((step == 0) & (pieces > 0))
         def _():
             sum_ref[...] = jnp.zeros_like(sum_ref)
 
-        if tail == 0:
-            multiply(config.inner)
+        if steps == 1 or tail == 0:
+            multiply(chunks, tail)
         else:
-            pl.when(step < steps - 1)(lambda: multiply(config.inner))
-            pl.when(step == steps - 1)(lambda: multiply(tail))
+            pl.when(step < steps - 1)(lambda: multiply(1, 0))
+            pl.when(step == steps - 1)(lambda: multiply(0, tail))
 
         def merge(at):
             row = at.start + jax.lax.broadcasted_iota(jnp.int32, (piece, y_ref.shape[1]), 0)
@@ -180,13 +222,13 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
     def y_block(column, visit, step, group, tile, first, stop):
         return tile[visit], column
 
-    sides = (config.columns, config.inner) if transpose_w else (config.inner, config.columns)
+    sides = (config.columns, held) if transpose_w else (held, config.columns)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(columns, config.columns), visits.count, steps),
-            in_specs=[pl.BlockSpec((config.rows, config.inner), x_block), pl.BlockSpec((None, *sides), w_block)],
+            in_specs=[pl.BlockSpec((config.rows, held), x_block), pl.BlockSpec((None, *sides), w_block)],
             out_specs=pl.BlockSpec((config.rows, config.columns), y_block),
             scratch_shapes=[pltpu.VMEM((config.rows, config.columns), jnp.float32)],
         ),
@@ -304,28 +346,6 @@ def _struct(shape, dtype, *operands):
     return jax.ShapeDtypeStruct(
         shape, dtype, **({"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {})
     )
-
-
-def _clamp(config: Config, rows: int, inner: int, columns: int, dtype: Any) -> Config:
-    """Tiles no larger than the arrays, of sides that a block may have: a whole axis, or a multiple of a register's."""
-    align = _sublanes(dtype)
-    height = _up(min(config.rows, rows), align)
-    height = _up(height, _PIECE if height > _PIECE else align)
-
-    def width(tile: int, axis: int) -> int:
-        return axis if tile >= axis else _up(tile, _LANES)
-
-    return Config(height, width(config.inner, inner), width(config.columns, columns))
-
-
-def _vmem_limit(needed: int) -> int:
-    """What to ask the compiler for: the blocks, and as much again for values on their way between them."""
-    if needed > _VMEM:
-        raise UserError(
-            f"the tiles need {needed / 2**20:.1f} MiB of VMEM, of {_VMEM / 2**20:.0f} that may be used; "
-            "give a config of smaller rows, inner or columns"
-        )
-    return max(2 * needed, 16 * 2**20)
 
 
 def _check(x: Any, other: Any, group_sizes: Any) -> None:
