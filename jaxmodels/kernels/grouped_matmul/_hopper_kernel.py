@@ -21,10 +21,11 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # 128 * (40 + 2 * 232) of the 
 
 
 class Visit(NamedTuple):
-    """One output tile: how many steps of the contraction, and whether the second consumer has rows in it."""
+    """One output tile: how many steps of the contraction, and what of it there is to store."""
 
     steps: jax.Array
-    second: jax.Array
+    second: jax.Array  # whether the second consumer has rows of its own
+    width: jax.Array  # columns from the first one of the tile to the edge
     where: Any  # what `load` and `store` need to find it
 
 
@@ -40,6 +41,7 @@ def build(
     load: Callable[..., None],
     store: Callable[..., None],
     arrivals: int,
+    rows_anywhere: bool,
     name: str,
     interpret: Any = None,
 ) -> Callable[..., jax.Array]:
@@ -47,7 +49,8 @@ def build(
 
     `plan(refs)` gives the number of output tiles and what describes one.
     `load(refs, where, step, left, right, barrier)` issues `arrivals` copies into left [2, 64, 64] and right.
-    `store(out, where, half, column, block)` issues the copy of `block` [64, 128 bytes] to that column of the tile.
+    `store(out, where, half, column, block)` issues one copy of `block` [64, 128 bytes] to that column of the tile.
+    `rows_anywhere`: the copies to `left` begin at any row, else at multiples of eight, as all to `right` do.
     `flip_left`, `flip_right`: the operand lies transposed in shared memory; wgmma reads it so, no copy is made.
     """
     stages, columns, out_dtype = config.stages, config.columns, out_type.dtype
@@ -58,6 +61,7 @@ def build(
 
     def body(*refs, left, right, staged, full, empty):
         *operands, out = refs
+        arriving, left = left if rows_anywhere and not interpret else (left, left)
         block, blocks, me = lax.axis_index("block"), lax.axis_size("block"), lax.axis_index("thread")
         tiles, visit = plan(operands)
         mine = lax.div(tiles - block + (blocks - 1), jnp.int32(blocks))  # tiles block, block + blocks, ...
@@ -67,12 +71,12 @@ def build(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
             def tile(i, count):
-                steps, _, where = visit(block + i * blocks)
+                steps, _, _, where = visit(block + i * blocks)
 
                 def step(k, count):
                     slot = slot_of(count)
                     plgpu.barrier_wait(empty.at[slot])
-                    load(operands, where, k, left.at[slot], right.at[slot], full.at[slot])
+                    load(operands, where, k, arriving.at[slot], right.at[slot], full.at[slot])
                     return count + 1
 
                 return lax.fori_loop(0, steps, step, count)
@@ -87,7 +91,7 @@ def build(
                 plgpu.barrier_arrive(empty.at[slot])
 
             def tile(i, count):
-                steps, second, where = visit(block + i * blocks)
+                steps, second, width, where = visit(block + i * blocks)
                 busy = (me == 0) | second
                 products = jnp.where(busy, steps, 0)
 
@@ -122,11 +126,13 @@ def build(
 
                 lax.fori_loop(0, steps - products, skip, count)
 
-                @pl.when(busy)
-                def _():
-                    for c in range(columns // chunk):
+                for c in range(columns // chunk):
+
+                    @pl.when(busy & (c * chunk < width))
+                    def _(c=c):
+                        # Of two buffers in turn: all is read of what the tile before stored, then all but the last.
+                        plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)
                         buffer = staged.at[me, c % 2]
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copy out of this buffer, two ago
                         buffer[...] = y[:, c * chunk : (c + 1) * chunk].astype(out_dtype)
                         plgpu.commit_smem()
                         store(out, where, me, c * chunk, buffer)
@@ -139,6 +145,12 @@ def build(
         lax.cond(me == PRODUCER, produce, consume)
 
     itemsize = jnp.dtype(dtype).itemsize
+    # A copy to shared memory splits the coordinates of its source into tiles too: with wgmma's tiles of eight rows it
+    # must begin at a multiple of eight, and silently copies something else if it does not. As these blocks are as wide
+    # as a tile, tiles of one row are the same bytes in the same order. The interpreter knows neither tiles nor unions.
+    lefts = plgpu.RefUnion(*(
+        plgpu.SMEM((stages, 2, HALF, 64), dtype, transforms=swizzled(itemsize, rows)) for rows in (1, 8)
+    ))  # fmt: skip
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -147,9 +159,9 @@ def build(
         num_threads=3,
         thread_name="thread",
         scratch_types={
-            "left": plgpu.SMEM((stages, 2, HALF, 64), dtype, transforms=swizzled(itemsize, 8)),
+            "left": lefts if rows_anywhere and not interpret else lefts.refs[1],
             "right": plgpu.SMEM((stages, *right_block), dtype, transforms=swizzled(itemsize, 8)),
-            # Tiles of one row lie in memory as tiles of eight do, and let `store` take any number of rows.
+            # One row a tile, and 128 bytes wide: so any number of rows can be stored, and at any row.
             "staged": plgpu.SMEM((2, 2, HALF, chunk), out_dtype, transforms=swizzled(out_dtype.itemsize, 1)),
             "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),

@@ -6,21 +6,23 @@ computed twice, to the same bits, and nothing has to be masked. Of a group under
 of rows each, the first and the last ones. Rows past the last group are a group of their own whose products have no
 terms.
 
-The gradient of the matrices sums over rows, so there a foreign row must not count, NaN or not. The incomplete last 64
-rows of each group are copied to the side with zeros below them, both operands, and the kernel reads them from there.
+The gradient of the matrices sums over rows, so there a foreign row must not count, NaN or not, and bulk copies of the
+right operand must begin at a multiple of 8 rows. What whole 64s of rows from the first such multiple on leave over, at
+most 70 rows a group, is copied to the side with zeros below, both operands, and the kernel reads it from there.
 
-Neither operand is ever transposed in memory. Sizes need 16-byte rows for bulk copies: other widths are padded, which
-copies the operands; choose multiples of 8.
+Neither operand is ever transposed in memory. K and N that are no multiples of 64 are padded, which copies the operands,
+and so are rows to a multiple of 8 for the gradient of the matrices.
 """
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.errors import UserError
 from jaxmodels.kernels.grouped_matmul.tilemap import make_blocks
@@ -30,6 +32,7 @@ SHARED_BYTES = 232_448  # shared memory one block may use on compute capability 
 MULTIPROCESSORS = 132  # of an H100 SXM; used where no GPU is there to ask
 _HALF = 64
 _TILE = 2 * _HALF
+_SIDE = 72  # rows to the side: up to 7 before the first multiple of 8 and up to 63 after the last whole 64
 _DTYPES = ("bfloat16", "float16")  # wgmma reads only 16-bit types transposed
 
 
@@ -87,6 +90,10 @@ def unfit(shape, groups, dtype) -> str | None:
     capability = str(getattr(device, "compute_capability", "unknown"))
     if not capability.startswith("9."):
         return f"only on compute capability 9.x, {device.device_kind} has {capability}"
+    try:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError as error:  # jax 0.10 imports absl there without naming absl-py among what it needs
+        return f"Pallas Mosaic GPU does not import: {error}; for absl, pip install absl-py"
     return None
 
 
@@ -104,7 +111,7 @@ def matmul(
 
     @jax.custom_batching.sequential_vmap
     def product(x, w, group_sizes):
-        x, w = _pad(x, (0, 64), (1, 64)), _pad(w, (1, 64), (2, 64))
+        x, w = _pad(x, 1, 64), _pad(w, 64, 64)
         return _matmul(x, w, group_sizes, transpose_w, jnp.dtype(out_dtype), config, interpret)[:rows, :columns]
 
     return vary(product(x, w, group_sizes), varying_axes(x, w, group_sizes))
@@ -123,7 +130,7 @@ def outer(
 
     @jax.custom_batching.sequential_vmap
     def product(x, dy, group_sizes):
-        x, dy = _pad(x, (0, 64), (1, 64)), _pad(dy, (0, 64), (1, 64))
+        x, dy = _pad(x, 8, 64), _pad(dy, 8, 64)
         return _outer(x, dy, group_sizes, jnp.dtype(out_dtype), config, interpret)[:, :width, :columns]
 
     return vary(product(x, dy, group_sizes), varying_axes(x, dy, group_sizes))
@@ -157,7 +164,8 @@ def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, int
         start, slid, code = (table[i, row_tile] for i in range(3))
         group, second, log = lax.div(code, 16), lax.rem(lax.div(code, 8), 2), lax.rem(code, 8)
         steps = jnp.where(group < groups, terms, 0)
-        return _hopper_kernel.Visit(steps, second == 1, (group, start, slid, log, column * config.columns))
+        column *= config.columns
+        return _hopper_kernel.Visit(steps, second == 1, columns - column, (group, start, slid, log, column))
 
     def load(refs, where, step, left, right, barrier):
         group, start, slid, _, column = where
@@ -172,7 +180,7 @@ def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, int
         first = jnp.where(half == 0, start, slid)
         for i in range(7):  # the shape of a bulk copy is static: one for each power of two
 
-            @pl.when((log == i) & (column + offset < columns))
+            @pl.when(log == i)
             def _(size=2**i):
                 target = out.at[pl.ds(first, size), pl.ds(column + offset, block.shape[1])]
                 plgpu.copy_smem_to_gmem(block.at[pl.ds(0, size)], target)
@@ -180,7 +188,7 @@ def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, int
     kernel = _hopper_kernel.build(
         config=config, dtype=x.dtype, out_type=jax.ShapeDtypeStruct((rows, columns), out_dtype),
         right_block=(config.columns, 64) if transpose_w else (64, config.columns),
-        flip_left=False, flip_right=transpose_w, plan=plan, load=load, store=store, arrivals=3,
+        flip_left=False, flip_right=transpose_w, plan=plan, load=load, store=store, arrivals=3, rows_anywhere=True,
         name="grouped_matmul_transposed" if transpose_w else "grouped_matmul", interpret=interpret,
     )  # fmt: skip
     return kernel(count, table, x, w)
@@ -215,8 +223,7 @@ def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
     config = _narrow(config, columns)
     down, across = -(-width // _TILE), -(-columns // config.columns)
     band = min(config.band, down)
-    sizes = group_sizes.astype(jnp.int32)
-    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    table, row, exists = leftovers(group_sizes, rows)
 
     def plan(refs):
         return jnp.int32(groups * down * across), functools.partial(visit, refs[0])
@@ -228,9 +235,8 @@ def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
         height = jnp.minimum(down - first, band)
         inside = lax.rem(within, area)
         row, column = (first + lax.rem(inside, height)) * _TILE, lax.div(inside, height) * config.columns
-        start, size = table[0, group], table[1, group]
-        steps = lax.div(size + 63, 64)
-        return _hopper_kernel.Visit(steps, row + _HALF < width, (group, start, lax.div(size, 64), row, column))
+        start, whole, steps = (table[i, group] for i in range(3))
+        return _hopper_kernel.Visit(steps, row + _HALF < width, columns - column, (group, start, whole, row, column))
 
     def load(refs, where, step, left, right, barrier):
         group, start, whole, row, column = where
@@ -240,39 +246,46 @@ def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
                 plgpu.copy_gmem_to_smem(rows_of_x.at[:, pl.ds(row + half * _HALF, _HALF)], left.at[half], barrier)
             plgpu.copy_gmem_to_smem(rows_of_dy.at[:, pl.ds(column, config.columns)], right, barrier)
 
-        taken = pl.ds(start + step * 64, 64)
+        taken, beside = pl.ds(pl.multiple_of(start + step * 64, 8), 64), pl.ds((step - whole) * 64, 64)
         lax.cond(
             step < whole,
             lambda: copy(refs[1].at[taken], refs[2].at[taken]),
-            lambda: copy(refs[3].at[group], refs[4].at[group]),
+            lambda: copy(refs[3].at[group, beside], refs[4].at[group, beside]),
         )
 
     def store(out, where, half, offset, block):
         group, _, _, row, column = where
-
-        @pl.when(column + offset < columns)
-        def _():
-            target = out.at[group, pl.ds(row + half * _HALF, _HALF), pl.ds(column + offset, block.shape[1])]
-            plgpu.copy_smem_to_gmem(block, target)
+        target = out.at[group, pl.ds(row + half * _HALF, _HALF), pl.ds(column + offset, block.shape[1])]
+        plgpu.copy_smem_to_gmem(block, target)
 
     kernel = _hopper_kernel.build(
         config=config, dtype=x.dtype, out_type=jax.ShapeDtypeStruct((groups, width, columns), out_dtype),
         right_block=(64, config.columns), flip_left=True, flip_right=False,
-        plan=plan, load=load, store=store, arrivals=3, name="grouped_outer", interpret=interpret,
+        plan=plan, load=load, store=store, arrivals=3, rows_anywhere=False, name="grouped_outer", interpret=interpret,
     )  # fmt: skip
-    ends = _ends(starts, sizes, rows)
-    return kernel(jnp.stack([starts, sizes]), x, dy, _last_rows(x, *ends), _last_rows(dy, *ends))
+    return kernel(table, x, dy, _gather(x, row, exists), _gather(dy, row, exists))
 
 
-def _ends(starts, sizes, rows: int):
-    """[G, 64] rows that follow the last whole 64 of each group, and whether they still belong to it."""
-    row = (starts + sizes // 64 * 64)[:, None] + jnp.arange(64)
-    return jnp.minimum(row, rows - 1), row < (starts + sizes)[:, None]
+def leftovers(
+    group_sizes: Int[Array, "G"], rows: int
+) -> tuple[Int[Array, "3 G"], Int[Array, "G 72"], Bool[Array, "G 72"]]:
+    """First aligned row, whole 64s from there on and steps of each group; its other rows, and which of these exist."""
+    size = group_sizes.astype(jnp.int32)
+    end = jnp.cumsum(size, dtype=jnp.int32)
+    start = end - size
+    aligned = (start + 7) // 8 * 8
+    head = jnp.minimum(aligned, end) - start
+    whole = jnp.maximum(end - aligned, 0) // 64
+    others = size - 64 * whole
+    place = jnp.arange(_SIDE, dtype=jnp.int32)
+    row = start[:, None] + place + jnp.where(place < head[:, None], 0, 64 * whole[:, None])
+    plan = jnp.stack([aligned, whole, whole + (others + 63) // 64])
+    return plan, jnp.minimum(row, rows - 1), place < others[:, None]
 
 
-def _last_rows(a, row, belongs):
+def _gather(a, row, exists):
     # Selected, not multiplied: the rows below may hold NaN. A zero in one operand would not stop it in the other.
-    return jnp.where(belongs[:, :, None], a[row], jnp.zeros((), a.dtype))
+    return jnp.where(exists[:, :, None], a[row], jnp.zeros((), a.dtype))
 
 
 def _narrow(config: Config, columns: int) -> Config:
@@ -280,14 +293,10 @@ def _narrow(config: Config, columns: int) -> Config:
     return Config(min(config.columns, columns // 64 * 64), config.stages, config.band, config.blocks)
 
 
-def _pad(a, *axes: tuple[int, int]):
-    """Zeros up to a multiple of 8 (the last two axes may be contiguous) and at least the given size."""
-    pads = [(0, 0)] * a.ndim
-    for axis, least in axes:
-        size = a.shape[axis]
-        target = max(size if axis == 0 else -(-size // 8) * 8, least)
-        pads[axis] = (0, target - size)
-    return jnp.pad(a, pads) if any(after for _, after in pads) else a
+def _pad(a, rows: int, columns: int):
+    """Zeros to multiples of these in the last two axes, and to 64 at least, the height of a bulk copy."""
+    down, across = (max(-(-size // m) * m, 64) - size for size, m in zip(a.shape[-2:], (rows, columns), strict=True))
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, down), (0, across)]) if down or across else a
 
 
 def _check(x, other, out_dtype) -> None:

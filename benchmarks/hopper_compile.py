@@ -1,0 +1,161 @@
+"""The Hopper kernels of the grouped products, lowered and, where the CUDA plug-in is installed, compiled for sm_90a.
+
+    python -m benchmarks.hopper_compile [--shapes NAME,...] [--dtype bfloat16] [--out FILE]
+
+Needs neither GPU nor driver: pip install "jax[cuda13]" absl-py (4.6 GB), and do not set JAX_PLATFORMS. Without the
+plug-in it only lowers. Shapes: the first product of each layer of moe_split.md 8.1, the second where its sides differ
+much. Registers, spills and static shared memory are ptxas's; shared bytes are what the launch asks for. A compile says
+nothing about speed.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+# Read when jax starts: the driver's version would be checked, and ptxas's words about each kernel printed.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks._report import check_out, machine, publish
+from jaxmodels.errors import UserError
+from jaxmodels.kernels.grouped_matmul import hopper
+
+SHAPES = {  # M, K, N, G
+    "mixtral-8x7b": (16_384, 4096, 14_336, 8),
+    "mixtral-8x7b down": (16_384, 14_336, 4096, 8),
+    "deepseek-v3": (131_072, 7168, 2048, 256),
+    "deepseek-v3 down": (131_072, 2048, 7168, 256),
+    "deepseek-v3 large": (524_288, 7168, 2048, 256),
+    "qwen3-30b-a3b": (131_072, 2048, 768, 128),
+    "qwen3-235b-a22b": (131_072, 4096, 1536, 128),
+    "olmoe-1b-7b": (131_072, 2048, 1024, 64),
+    "gpt-oss-120b": (65_536, 2880, 2880, 128),
+    "gpt-oss-20b": (65_536, 2880, 2880, 32),
+    "sonicmoe": (2_097_152, 4096, 768, 128),
+    "moe-split llama-2-7b": (69_632, 4096, 128, 86),
+    "decode 1": (8, 4096, 1536, 128),
+    "decode 16": (128, 4096, 1536, 128),
+    "decode 128": (1024, 4096, 1536, 128),
+}
+PRODUCTS = ("forward", "dx", "dw")
+COLUMNS = ("shape", "product", "tile", "stages", "lowered", "compiled", "shared bytes", "registers", "spill bytes",
+           "side bytes", "seconds")  # fmt: skip
+
+# One H100 SXM5 as XLA describes it (jax.experimental.topologies wants the text of a GpuTargetConfigProto).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  core_count: 132 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "sm_90"
+"""
+
+
+def main(out: str | None = None, shapes: str | None = None, dtype: str = "bfloat16") -> bool:
+    """Prints the table and writes ``out``; False when something did not lower or compile. About 5 s a product."""
+    check_out(out)
+    names = list(SHAPES) if shapes is None else shapes.split(",")
+    for name in names:
+        if name not in SHAPES:
+            raise UserError(f"shape {name!r} is unknown; choose from {', '.join(SHAPES)}")
+    device, why = _h100()
+    rows = [_row(name, product, dtype, device) for name in names for product in PRODUCTS]
+    notes = ["side bytes: what the compiled program needs beside operands and result"]
+    if why:
+        notes.append(f"not compiled: {why}")
+    publish(f"Hopper grouped products, {dtype}", rows, COLUMNS, machine(()), notes, out)
+    return not any("failed" in str(row.get(key)) for row in rows for key in ("lowered", "compiled"))
+
+
+def _h100() -> tuple[Any, str | None]:
+    try:
+        return topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0], None
+    except Exception as error:  # jax raises whatever the plug-in's absence led to
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def _row(name: str, product: str, dtype: str, device: Any) -> dict[str, Any]:
+    rows, k, n, groups = SHAPES[name]
+    width = k if product == "dx" else n
+    config = hopper.default_config(width, blocks=hopper.MULTIPROCESSORS)
+    row = {"shape": name, "product": product, "tile": f"128x{config.columns}x64", "stages": config.stages,
+           "M, K, N, G": SHAPES[name], "shared bytes": config.shared_bytes()}  # fmt: skip
+    sharding = device and NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
+    x, w, dy, sizes = array(rows, k), array(groups, k, n), array(rows, n), array(groups, dtype=jnp.int32)
+    matmul = functools.partial(hopper.matmul, out_dtype=dtype, config=config)
+    function, operands = {
+        "forward": (functools.partial(matmul, transpose_w=False), (x, w, sizes)),
+        "dx": (functools.partial(matmul, transpose_w=True), (dy, w, sizes)),
+        "dw": (functools.partial(hopper.outer, out_dtype=dtype, config=config), (x, dy, sizes)),
+    }[product]
+    started = time.perf_counter()
+    try:
+        traced = jax.jit(function).trace(*operands)
+        lowered = traced.lower(lowering_platforms=("cuda",)) if device is None else traced.lower()
+    except Exception as error:
+        return row | {"lowered": f"failed: {error}"}
+    row |= {"lowered": "lowered"}
+    if device is not None:
+        with _native_output() as words:
+            try:
+                compiled = lowered.compile()
+                row |= {"compiled": "compiled", "side bytes": compiled.memory_analysis().temp_size_in_bytes}
+            except Exception as error:
+                row |= {"compiled": f"failed: {error}"}
+        row |= _ptxas(words[0])
+    return row | {"seconds": time.perf_counter() - started}
+
+
+def _ptxas(words: str) -> dict[str, int]:
+    """Of the kernel that Mosaic compiled: XLA's own ones are not among these words."""
+    registers = re.findall(r"Used (\d+) registers", words)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words)
+    found = {"registers": max(map(int, registers))} if registers else {}
+    return found | ({"spill bytes": max(int(a) + int(b) for a, b in spills)} if spills else {})
+
+
+@contextlib.contextmanager
+def _native_output() -> Iterator[list[str]]:
+    """What native code prints meanwhile; sys.stdout does not see it. One string, filled at the end."""
+    words: list[str] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield words
+        finally:
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+            for descriptor in kept:
+                os.close(descriptor)
+            file.seek(0)
+            words.append(file.read())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="a JSON file for the table")
+    parser.add_argument("--shapes", help=f"comma-separated, of: {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    sys.exit(0 if main(**vars(parser.parse_args())) else 1)
