@@ -4,8 +4,8 @@
 
 Needs neither GPU nor driver: pip install "jax[cuda13]" absl-py (4.6 GB), and do not set JAX_PLATFORMS. Without the
 plug-in it only lowers. Shapes: the first product of each layer of moe_split.md 8.1, the second where its sides differ
-much. Registers, spills and static shared memory are ptxas's; shared bytes are what the launch asks for. A compile says
-nothing about speed.
+much. Registers and spills are ptxas's, shared bytes what the configuration reckons with. A compile says nothing about
+speed.
 """
 
 import argparse

@@ -20,7 +20,7 @@ import pytest
 from benchmarks.hopper_compile import SHAPES
 from jaxmodels.errors import UserError
 from jaxmodels.kernels import grouped_matmul, grouped_outer
-from jaxmodels.kernels.grouped_matmul import Implementation, api, hopper, register
+from jaxmodels.kernels.grouped_matmul import Implementation, api, hopper, register, tilemap
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 NEW = hasattr(plgpu, "InterpretGPUParams")
@@ -63,7 +63,8 @@ def int32(sizes):
 def interpreter(**options):
     """What a bulk copy reads past an edge is zero, as on the GPU."""
     home = plgpu if NEW else pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    return home.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero", **options)
+    options = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"} | options
+    return home.InterpretGPUParams(**options)
 
 
 @pytest.fixture
@@ -94,7 +95,9 @@ def test_halves_cover_each_row_of_a_group_and_no_other(rows):
         count, table = (np.asarray(a) for a in hopper.halves(int32(sizes), rows))
         owner = np.r_[np.repeat(np.arange(9), sizes), np.full(rows - sizes.sum(), 9)]
         times = np.zeros(rows, int)
-        assert count[0] <= table.shape[1]
+        blocks = tilemap.make_blocks(int32(np.r_[sizes, rows - sizes.sum()]), rows, 128)
+        assert count[0] == blocks.count <= table.shape[1]
+        assert np.array_equal(table[2, : count[0]] // 16, blocks.group[: count[0]])
         for *first, code in table[:, : count[0]].T:
             group, second, stored = code // 16, code // 8 % 2, 2 ** (code % 8)
             for start in first[: 1 + second]:
@@ -195,12 +198,16 @@ def test_forward_bad_rows_and_odd_sizes(interpreted):
 
 @needs_new
 @pytest.mark.long
-def test_no_races():
-    """Between what loads, multiplies and stores. In these groups no row is stored twice, which is a race to one value."""
+def test_no_races_and_nothing_uninitialised():
+    """Between loads, products and stores. In these groups no row is stored twice, which is a race to one value.
+
+    Memory is NaN until written, also past the edges, which no result may touch here: all of the output is written.
+    """
     sizes = np.array([64, 0, 1, 32])
-    x, w, dy = draw(np.random.default_rng(9), 97, 64, 192, len(sizes))
+    x, w, dy = draw(np.random.default_rng(9), 161, 64, 192, len(sizes))
     config = hopper.Config(columns=128, stages=2, band=2, blocks=1)
-    common = {"config": config, "interpret": interpreter(detect_races=True, on_race="raise")}
+    interpret = interpreter(detect_races=True, on_race="raise", uninitialized_memory="nan")
+    common = {"config": config, "interpret": interpret}
     try:
         y = hopper.matmul(x, w, int32(sizes), transpose_w=False, out_dtype=x.dtype, **common)
         dx = hopper.matmul(dy, w, int32(sizes), transpose_w=True, out_dtype=x.dtype, **common)
@@ -209,6 +216,7 @@ def test_no_races():
         reset()
     for value, expected in zip((y, dx, dw), numpy_products(x, w, dy, sizes), strict=True):
         close(value, expected, 2.5e-3)
+    assert not np.asarray(y)[97:].any() and not np.asarray(dw)[1].any()
 
 
 @needs_new

@@ -11,7 +11,10 @@ right operand must begin at a multiple of 8 rows. What whole 64s of rows from th
 most 70 rows a group, is copied to the side with zeros below, both operands, and the kernel reads it from there.
 
 Neither operand is ever transposed in memory. K and N that are no multiples of 64 are padded, which copies the operands,
-and so are rows to a multiple of 8 for the gradient of the matrices.
+and so are rows to a multiple of 8 for the gradient of the matrices. Over several GPUs, call it inside `jax.shard_map`:
+XLA cannot divide a kernel.
+
+No GPU has run this yet: the interpreters and compilers that tests/test_grouped_matmul_hopper.py names have.
 """
 
 import functools
@@ -22,13 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.kernels.grouped_matmul.tilemap import make_blocks
 from jaxmodels.kernels.varying import vary, varying_axes
 
-SHARED_BYTES = 232_448  # shared memory one block may use on compute capability 9.0 (CUDA programming guide, table 21)
+SHARED_BYTES = 232_448  # 227 KiB: what a thread block may have on compute capability 9.0 (CUDA programming guide)
 MULTIPROCESSORS = 132  # of an H100 SXM; used where no GPU is there to ask
 _HALF = 64
 _TILE = 2 * _HALF
@@ -137,7 +140,6 @@ def outer(
 
 
 def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, interpret):
-    from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -162,7 +164,7 @@ def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, int
         within = lax.rem(tile, area)
         row_tile, column = first + lax.rem(within, height), lax.div(within, height)
         start, slid, code = (table[i, row_tile] for i in range(3))
-        group, second, log = lax.div(code, 16), lax.rem(lax.div(code, 8), 2), lax.rem(code, 8)
+        group, second, log = code >> 4, (code >> 3) & 1, code & 7
         steps = jnp.where(group < groups, terms, 0)
         column *= config.columns
         return _hopper_kernel.Visit(steps, second == 1, columns - column, (group, start, slid, log, column))
@@ -200,20 +202,22 @@ def halves(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "1"], In
     `second`: the other half has rows of its own. Group G stands for the rows past the last group.
     """
     sizes = jnp.concatenate([group_sizes.astype(jnp.int32), (rows - jnp.sum(group_sizes, dtype=jnp.int32))[None]])
-    blocks = make_blocks(sizes, rows, _TILE)
-    start, stop = blocks.start.astype(jnp.int32), blocks.stop.astype(jnp.int32)
-    size, end = sizes[blocks.group], jnp.cumsum(sizes, dtype=jnp.int32)[blocks.group]
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    tiles = -(-sizes // _TILE)
+    last = jnp.cumsum(tiles, dtype=jnp.int32)  # tiles up to and with each group
+    slot = jnp.arange(-(-rows // _TILE) + len(sizes), dtype=jnp.int32)
+    # One comparison with all: a binary search is a loop of small kernels on a GPU.
+    group = jnp.sum(slot[:, None] >= last[:-1], axis=1, dtype=jnp.int32)
+    size, end = sizes[group], ends[group]
+    start = end - size + _TILE * (slot - (last - tiles)[group])
     log = jnp.sum(size[:, None] >= 2 ** np.arange(1, 7), axis=1, dtype=jnp.int32)
     stored = 1 << log
-    second = jnp.where(size < _HALF, size > stored, stop - start > _HALF)
-    first = jnp.minimum(jnp.stack([start, start + _HALF]), end - stored)
-    code = 16 * blocks.group.astype(jnp.int32) + 8 * second + log
-    table = jnp.concatenate([jnp.maximum(first, 0), code[None]])  # below 0 only in slots not in use
-    return blocks.count.astype(jnp.int32)[None], table
+    second = jnp.where(size < _HALF, size > stored, end - start > _HALF)
+    first = jnp.maximum(jnp.minimum(jnp.stack([start, start + _HALF]), end - stored), 0)  # 0: slots not in use
+    return last[-1:], jnp.concatenate([first, (16 * group + 8 * second + log)[None]])
 
 
 def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
-    from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
