@@ -52,7 +52,7 @@ def test_visits_cover_every_row_once_in_order(rows, size):
     compiled = jax.jit(make_visits, static_argnums=(1, 2), static_argnames=("every_tile", "every_group"))
     patterns = [rng.multinomial(n, p / max(p.sum(), 1)) for p in map(np.array, itertools.product([0, 1], repeat=4))
                 for n in (rows, rows // 2) if p.any()]  # fmt: skip
-    for sizes in [*patterns, np.zeros(4, int)]:
+    for sizes in [*patterns[::3], np.zeros(4, int)]:
         owner = np.repeat(np.arange(4), sizes)
         for which in ({}, {"every_tile": True}, {"every_group": True}):
             found = visits(sizes, rows, size, **which)

@@ -13,6 +13,7 @@ visits and is merged there under a row mask.
 Not differentiable by itself; api.py gives the gradients. No speed of it has been measured.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,17 +25,9 @@ from jaxmodels.errors import UserError
 from jaxmodels.kernels.grouped_matmul.tilemap import make_visits
 from jaxmodels.kernels.varying import varying_axes
 
-try:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-except ImportError as error:
-    pl, pltpu, _MISSING = None, None, str(error)
-else:
-    _MISSING = None
-
 _PIECE = 128  # rows of a product that a partly filled tile is computed in: the side of the matrix unit before v6e
 _LANES = 128
-_VMEM = 32 * 2**20  # for blocks: half of the 64 MiB that v5p and TPU7x have, the least of those compiled for
+_VMEM = 32 * 2**20  # for blocks: half of the 64 MiB that v5p and TPU7x have, the least since v5
 _SMEM = 2**19  # for the tile map: half of the 1 MiB that every generation since v4 has
 
 
@@ -43,9 +36,9 @@ class Config:
     """Tile sizes, at most, in the letters of x [M, K] and w [G, K, N]: `rows` of M, `inner` of K, `columns` of N.
 
     The defaults are the ones to start tuning from (moe_split.md 6.6). `whole`: `matmul` holds all of K in VMEM and
-    takes `inner` of it at a time, where that fits. A group's columns of w are then read once for all its visits; in
-    blocks of `inner` they are read again in every visit, and a visit of r rows computes 2 r operations for each
-    two-byte value, where v6e needs 560 to be busy.
+    takes `inner` of it at a time, where that fits. A group's columns of w are then read once for all its visits. In
+    blocks of `inner` every visit reads them again, and one of r rows has r operations for each byte of bf16, where a
+    v6e's peak over its bandwidth is 560.
     """
 
     rows: int = 512
@@ -56,8 +49,8 @@ class Config:
 
 def unfit(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
     """Why the kernels cannot run on x of this shape with this many groups here, or None."""
-    if _MISSING is not None:
-        return f"Pallas for the TPU cannot be imported ({_MISSING})"
+    if (missing := _missing()) is not None:
+        return f"Pallas for the TPU cannot be imported ({missing})"
     if (here := jax.default_backend()) != "tpu":
         return f"only on a TPU, this is {here}"
     return _unsupported(shape, groups, dtype)
@@ -140,7 +133,25 @@ def vmem_limit(needed: int) -> int:
     return needed + needed // 4 + 4 * 2**20
 
 
+def _pallas():
+    """Imported when a kernel is built: `import jaxmodels` stays light, and works where there is no Pallas."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    return pallas, tpu
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        _pallas()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret):
+    pl, pltpu = _pallas()
     (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
     visits = make_visits(group_sizes, rows, config.rows, every_tile=True)
     held = inner if config.whole else config.inner  # columns of x in a block
@@ -242,6 +253,7 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
 
 
 def _outer(x, dy, group_sizes, out_dtype, config, limit, interpret):
+    pl, pltpu = _pallas()
     (rows, inner), columns, groups = x.shape, dy.shape[1], group_sizes.shape[0]
     visits = make_visits(group_sizes, rows, config.rows, every_group=True)
     align, piece = _sublanes(x.dtype), min(_PIECE, config.rows)
@@ -328,7 +340,7 @@ def _dot(left, right, contract):
 
 
 def _multiple(value, of: int):
-    return pl.multiple_of(value, of)
+    return _pallas()[0].multiple_of(value, of)
 
 
 def _sublanes(dtype: Any) -> int:
@@ -349,8 +361,8 @@ def _struct(shape, dtype, *operands):
 
 
 def _check(x: Any, other: Any, group_sizes: Any) -> None:
-    if _MISSING is not None:
-        raise UserError(f"Pallas for the TPU cannot be imported ({_MISSING}); name another implementation")
+    if (missing := _missing()) is not None:
+        raise UserError(f"Pallas for the TPU cannot be imported ({missing}); name another implementation")
     if x.dtype != other.dtype:
         raise UserError(f"the operands are {x.dtype} and {other.dtype}; the TPU kernels need one dtype, cast either")
     if (reason := _unsupported(x.shape, group_sizes.shape[0], x.dtype)) is not None:
