@@ -47,7 +47,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]),
-    package_data={"": ["*.html", "*.jinja", "*.css", "*.js", "*.json", "*.md"]},
+    package_data={"": ["*.html", "*.jinja", "*.css", "*.js", "*.json", "*.md", "*.cc"]},
     install_requires=REQUIRES,
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],

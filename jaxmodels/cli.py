@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from jaxmodels.cache import cache_folder
 from jaxmodels.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; benchmarks/ lies beside the packages there
@@ -600,15 +601,8 @@ def _prepare_jax() -> None:
         plugins = map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))
         cuda = Path("/dev/nvidia0").exists() and any(plugins)
         os.environ["JAX_PLATFORMS"] = "cuda,cpu" if cuda else "cpu"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept: $JAXMODELS_CACHE, else $XDG_CACHE_HOME or ~/.cache, in ``jaxmodels/jax``."""
-    if chosen := os.environ.get("JAXMODELS_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "jax"
 
 
 def _has_tpu() -> bool:

@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Asynchronous dispatch can deadlock 8 simulated devices on two cores (rendezvous aborts after 60 s).
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 if cache := os.environ.get("JAXMODELS_CACHE"):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 

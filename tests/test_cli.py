@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli
+from jaxmodels.cache import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "tests.tiny_experiment"
@@ -153,10 +154,10 @@ def test_keep_files_are_checked_before_the_model(tmp_path, capsys):
 
 def test_where_compiled_programs_go(monkeypatch):
     monkeypatch.setenv("JAXMODELS_CACHE", "/a")
-    assert cli.cache_folder() == Path("/a")
+    assert cache_folder() == Path("/a")
     monkeypatch.delenv("JAXMODELS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert cli.cache_folder() == Path("/b/jaxmodels/jax")
+    assert cache_folder() == Path("/b/jaxmodels")
 
 
 @pytest.mark.parametrize(

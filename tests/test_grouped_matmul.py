@@ -1,19 +1,25 @@
 """The grouped products against a float64 NumPy loop: forward, both gradients, empty groups, tails, NaN."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 from jaxmodels.errors import UserError
 from jaxmodels.kernels import grouped_matmul, grouped_outer
-from jaxmodels.kernels.grouped_matmul import Implementation, api, cpu, register, tilemap
+from jaxmodels.kernels.grouped_matmul import Implementation, api, cpu, lowering_for, native, register, tilemap
 
-CHOICES = ["reference", "xla", "cpu", "loop", None]
+needs_compiler = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+# cpu.py with few places and small blocks, so that small cases meet its batched product and its loop.
+register("cpu-places", Implementation(functools.partial(cpu.matmul, room=2, block=3),
+                                      functools.partial(cpu.outer, room=2, block=3)))
+CHOICES = ["cpu-places", "reference", "xla", "cpu", pytest.param("native", marks=needs_compiler), "loop", None]
 
 
 def numpy_products(x, w, dy, sizes):
@@ -84,7 +90,7 @@ def test_odd_shapes(implementation, shape):
         close(value, expected)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
+@pytest.mark.parametrize("implementation", CHOICES[:-2])
 def test_gradients_of_all_orders(implementation):
     x, w, dy = draw(np.random.default_rng(2), 7, 3, 4, 3)
     sizes = jnp.array([2, 0, 4], jnp.int32)
@@ -111,7 +117,7 @@ def test_bad_rows_stay_in_their_group(implementation, bad):
     assert not np.isfinite(spoiled[0][6]).any() and not np.isfinite(spoiled[2][1]).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu", "loop"])
+@pytest.mark.parametrize("implementation", [choice for choice in CHOICES if choice != "xla"])
 def test_bad_weights_stay_in_their_group(implementation):
     # ragged_dot on CPU does not promise this: it multiplies other groups' rows by zero.
     x, w, dy = draw(np.random.default_rng(4), 9, 6, 5, 3)
@@ -120,7 +126,7 @@ def test_bad_weights_stay_in_their_group(implementation):
     assert np.isnan(y[3:7]).all() and np.isfinite(y[:3]).all() and np.isfinite(y[7:]).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu"])
+@pytest.mark.parametrize("implementation", [*CHOICES[:-2], None])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_accumulates_in_float32(implementation, dtype):
     rng = np.random.default_rng(5)
@@ -183,7 +189,7 @@ def test_shape_errors():
         grouped_matmul(x, w, jnp.array([2, 4]), transpose_w=True)
     with pytest.raises(UserError, match="3 group sizes for 2 matrices"):
         grouped_matmul(x, w, jnp.array([2, 2, 2]))
-    with jax.enable_checks(True), pytest.raises(UserError, match="add up to 9 rows, x has 6"):
+    with jax.enable_checks(True), pytest.raises(UserError, match="add up to 9 rows where x has 6"):
         grouped_matmul(x, w, jnp.array([5, 4]))
 
 
@@ -203,7 +209,7 @@ def test_cpu_blocks_cover_every_row_once():
     assert [cpu.block_rows(*shape) for shape in ((4096, 8), (2048, 48), (64, 8))] == [128, 32, 16]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu", None])
+@pytest.mark.parametrize("implementation", [*CHOICES[:-2], None])
 def test_inside_shard_map(implementation):
     """Every device its own rows and sizes; the weights' gradient is summed over devices once."""
     rng = np.random.default_rng(11)
@@ -226,18 +232,74 @@ def test_inside_shard_map(implementation):
     close(dw, sum(one[2] for one in each))
 
 
-def test_default_by_size_and_platform():
-    choice = lambda m, k, n, g, outer=False: api._on_cpu((m, k), n, g, outer=outer)  # noqa: E731
+def test_bad_sizes_under_checkify():
+    x, w, _ = draw(np.random.default_rng(9), 6, 4, 5, 2)
+    product = functools.partial(grouped_matmul, implementation="cpu")  # `native` looks by itself, always
+    checked = jax.jit(checkify.checkify(product, errors=checkify.user_checks))
+    assert checked(x, w, jnp.array([2, 4]))[0].get() is None
+    assert "a group size is negative: [-1  3]" in checked(x, w, jnp.array([-1, 3]))[0].get()
+    assert "add up to more than the 6 rows of x" in checked(x, w, jnp.array([5, 4]))[0].get()
+
+
+@needs_compiler
+def test_native_refuses_sizes_that_would_leave_the_array():
+    x, w, _ = draw(np.random.default_rng(9), 6, 4, 5, 2)
+    for sizes, told in (([5, 4], "ends at row 9, x has 6"), ([-1, 3], "of -1 rows")):
+        with pytest.raises(ValueError, match=told):
+            grouped_matmul(x, w, jnp.array(sizes, jnp.int32), implementation="native").block_until_ready()
+
+
+def test_bad_dtypes_and_ranks():
+    x, w, dy = draw(np.random.default_rng(9), 6, 4, 5, 2)
+    sizes = jnp.array([2, 4], jnp.int32)
+    for arguments, told in (((x.astype(jnp.int8), w, sizes), "x has dtype int8"), ((x, w[0], sizes), "w has shape"),
+                            ((x, w, sizes.astype(jnp.float32)), "group_sizes has dtype float32"),
+                            ((x, w, sizes[None]), "group_sizes has shape"), ((x[0], w, sizes), "x has shape")):
+        with pytest.raises(UserError, match=told):
+            grouped_matmul.__wrapped__(*arguments) if hasattr(grouped_matmul, "__wrapped__") else \
+                grouped_matmul(*arguments)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXMODELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    native.unavailable.cache_clear()
+    try:
+        assert "no C++ compiler" in native.unavailable()
+        x, w, _ = draw(np.random.default_rng(9), 6, 4, 5, 2)
+        sizes = jnp.array([2, 4], jnp.int32)
+        assert np.allclose(grouped_matmul(x, w, sizes), grouped_matmul(x, w, sizes, implementation="reference"))
+        with pytest.raises(UserError, match="native: no C\\+\\+ compiler"):
+            grouped_matmul(x, w, sizes, implementation="native")
+    finally:
+        native.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("implementation", CHOICES)
+def test_two_runs_are_equal_bit_for_bit(implementation):
+    rng = np.random.default_rng(15)
+    x, w, dy = draw(rng, 300, 70, 40, 6)
+    sizes = jnp.asarray(rng.multinomial(290, np.ones(6) / 6), jnp.int32)
+    run = products(implementation)
+    for one, two in zip(run(x, w, dy, sizes), run(x, w, dy, sizes), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_default_by_size_and_platform(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: "not here")
+    choice = lambda m, k, n, g, outer=False: api._on_cpu(jnp.zeros((m, k)), n, g, outer=outer)  # noqa: E731
     assert choice(4096, 256, 384, 8) == choice(2048, 576, 32, 48) == choice(4096, 256, 384, 8, True) == "cpu"
     assert choice(8, 64, 128, 8) == "xla" and choice(8, 128, 64, 8) == "reference"
     assert choice(8, 576, 32, 48) == "cpu" and choice(8, 576, 32, 48, True) == "xla"
     # A program lowered on this CPU for a TPU holds the TPU's product and no loop over blocks.
     x, w, _ = draw(np.random.default_rng(12), 256, 64, 32, 4)
     sizes = jnp.array([100, 0, 56, 90], jnp.int32)
-    traced = jax.jit(grouped_matmul).trace(x, w, sizes)
+    with lowering_for("tpu"):
+        traced = jax.jit(lambda *a: grouped_matmul(*a)).trace(x, w, sizes)
     here, there = traced.lower().as_text(), traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "stablehlo.while" in here and "ragged_dot" not in here
-    assert "stablehlo.while" not in there and "ragged_dot" in there
+    assert "stablehlo.while" in here and "ragged_dot" not in here and "tpu_custom_call" not in here
+    assert "tpu_custom_call" in there and "dynamic_update_slice" not in there  # the loop over blocks writes by those
 
 
 def test_cpu_implementation_says_where_it_runs(monkeypatch):

@@ -1,17 +1,22 @@
 """`grouped_matmul` and `grouped_outer`: one signature, several implementations, gradients from each other."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.kernels.grouped_matmul import cpu, reference, xla
+from jaxmodels.kernels.grouped_matmul import cpu, native, reference, xla
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,37 @@ register("reference", Implementation(reference.matmul, reference.outer))
 register("loop", Implementation(reference.loop_matmul, reference.loop_outer))
 register("xla", Implementation(xla.matmul, xla.outer))
 register("cpu", Implementation(cpu.matmul, cpu.outer, cpu.unfit))
+register("native", Implementation(native.matmul, native.outer, native.unfit))
+
+
+def _pallas(name: str) -> Implementation:
+    """A module of Pallas kernels, imported when somebody asks for it: Pallas takes a second to import."""
+
+    def of(function: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return getattr(importlib.import_module(f"jaxmodels.kernels.grouped_matmul.{name}"), function)(
+                *arguments, **keywords)
+
+        return call
+
+    return Implementation(of("matmul"), of("outer"), of("unfit"), takes_config=True)
+
+
+for _name in ("tpu", "hopper"):
+    register(_name, _pallas(_name))
+
+_log = logging.getLogger("jaxmodels.kernels")
+_targets: set[str] = set()  # platforms that programs are compiled for and that are not here
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Inside, programs also carry what they would run on `platform` ("tpu"): for compiling ahead of time."""
+    _targets.add(platform)
+    try:
+        yield
+    finally:
+        _targets.discard(platform)
 
 
 def grouped_matmul(
@@ -55,11 +91,13 @@ def grouped_matmul(
     """Rows of group e times w[e]: [M, K] x [G, K, N] -> [M, N]; with `transpose_w`, w is [G, N, K].
 
     The first group_sizes[0] rows belong to group 0, the next to group 1 and so on. Rows past the last group give
-    zero and reach nothing; their sum may not exceed M (checked when jax_enable_checks is on). A NaN in one group
-    stays in it. Accumulates in float32; `out_dtype` defaults to that of x. Differentiable in x and w.
-    `implementation`: None chooses; a name must run or raises with the reason; of a sequence, the first that runs.
+    zero and reach nothing; their sum may not exceed M (checked under checkify, and with jax_enable_checks outside of
+    jit). A NaN in one group stays in it. Accumulates in float32; `out_dtype` defaults to that of x. Differentiable in
+    x and w. `implementation`: None chooses; a name must run or raises with the reason; of a sequence, the first that
+    runs. Raises UserError (a ValueError) for shapes and dtypes that do not fit together.
     """
-    _check(x, w, group_sizes, x.shape[1], w.shape[2 if transpose_w else 1])
+    _check(x, w, group_sizes, 2, 3, "w")
+    _check_equal(x, w, x.shape[1], w.shape[2 if transpose_w else 1])
     chosen = _names(implementation)
     return _matmul(bool(transpose_w), jnp.dtype(out_dtype or x.dtype), chosen, config, x, w, group_sizes)
 
@@ -74,14 +112,15 @@ def grouped_outer(
     config: Any = None,
 ) -> Float[Array, "G K N"]:
     """x_e^T dy_e over the rows of each group: the gradient of `grouped_matmul` in w. Empty groups give exact zeros."""
-    _check(x, dy, group_sizes, x.shape[0], dy.shape[0])
+    _check(x, dy, group_sizes, 2, 2, "dy")
+    _check_equal(x, dy, x.shape[0], dy.shape[0])
     return _outer(jnp.dtype(out_dtype), _names(implementation), config, x, dy, group_sizes)
 
 
 # The choice is made for each product on its own: the gradient in x of a product that narrows is one that widens.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _matmul(transpose_w, out_dtype, names, config, x, w, group_sizes):
-    here = _on_cpu(x.shape, w.shape[1 if transpose_w else 2], group_sizes.shape[0], outer=False)
+    here = _on_cpu(x, w.shape[1 if transpose_w else 2], group_sizes.shape[0], outer=False)
     return _run("matmul", names, here, config, x, w, group_sizes, transpose_w=transpose_w, out_dtype=out_dtype)
 
 
@@ -102,7 +141,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _outer(out_dtype, names, config, x, dy, group_sizes):
-    here = _on_cpu(x.shape, dy.shape[1], group_sizes.shape[0], outer=True)
+    here = _on_cpu(x, dy.shape[1], group_sizes.shape[0], outer=True)
     return _run("outer", names, here, config, x, dy, group_sizes, out_dtype=out_dtype)
 
 
@@ -131,8 +170,11 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None
 
 
 def _run(product, names, here, config, left, right, group_sizes, **keywords):
-    """The product by the first of the names that can run. Without names: `here` on CPU, XLA elsewhere; decided when the
-    program is lowered, since a CPU may compile it for a TPU that is not there."""
+    """The product by the first of the names that can run; without names, by what is best for each platform.
+
+    Which platform that is gets decided when the program is lowered: a machine with an accelerator also compiles for its
+    CPU, and a CPU for an accelerator that is not there (`lowering_for`).
+    """
 
     def by(name: str) -> Callable[..., Array]:
         function = getattr(_IMPLEMENTATIONS[name], product)
@@ -140,20 +182,49 @@ def _run(product, names, here, config, left, right, group_sizes, **keywords):
 
     if names is not None:
         return by(_choose(names, left, group_sizes))(left, right, group_sizes)
-    return jax.lax.platform_dependent(left, right, group_sizes, cpu=by(here), default=by("xla"))
+    platform = jax.default_backend()
+    elsewhere = {kind: by(_on_accelerator(kind, left, group_sizes)) for kind in {platform, *_targets} - {"cpu"}}
+    if not elsewhere:
+        _tell("cpu", here)
+        return by(here)(left, right, group_sizes)
+    branches = {"cuda" if kind == "gpu" else kind: function for kind, function in elsewhere.items()}
+    return jax.lax.platform_dependent(left, right, group_sizes, cpu=by(here), default=by("xla"), **branches)
+
+
+def _on_accelerator(platform: str, x: Any, group_sizes: Any) -> str:
+    name = {"tpu": "tpu", "gpu": "hopper"}.get(platform, "xla")
+    reason = _IMPLEMENTATIONS[name].unfit(x.shape, group_sizes.shape[0], x.dtype)
+    if reason is not None and platform not in _targets:
+        _fall_back(name, reason)
+        name = "xla"
+    _tell(platform, name)
+    return name
+
+
+@functools.cache
+def _tell(platform: str, name: str) -> None:
+    """Once for each choice."""
+    _log.info("grouped products on %s: implementation %r", platform, name)
+
+
+@functools.cache
+def _fall_back(name: str, reason: str) -> None:
+    warnings.warn(f"grouped products run by XLA, slowly, because {name!r} cannot: {reason}", stacklevel=2)
 
 
 _SMALL = 1_000_000  # multiplications of all rows with all groups: below, a loop costs more than it saves
 _FEW = 8  # rows a group: below, `outer` mostly writes zeros, which the others do faster
 
 
-def _on_cpu(x_shape: tuple[int, ...], columns: int, groups: int, *, outer: bool) -> str:
-    """The implementation that was fastest on CPU; numbers in cpu.py.
+def _on_cpu(x: Any, columns: int, groups: int, *, outer: bool) -> str:
+    """The implementation that was fastest on CPU (docs/log.md); `native` where it can be compiled.
 
     For the smallest sizes, the two that expand to all groups: the reference works on M x G x columns of the output,
     XLA on M x G x columns of x, and the narrower wins.
     """
-    rows, width = x_shape
+    if jax.default_backend() == "cpu" and x.dtype.itemsize <= 4 and native.unavailable() is None:
+        return "native"
+    rows, width = x.shape
     if rows * groups * width * columns >= _SMALL and not (outer and rows < _FEW * groups):
         return "cpu"
     return "reference" if (width <= columns if outer else columns <= width) else "xla"
@@ -177,14 +248,28 @@ def _keywords(name: str, config: Any) -> dict[str, Any]:
     return {}
 
 
-def _check(x: Any, other: Any, group_sizes: Any, left: int, right: int) -> None:
-    if left != right:
-        raise UserError(f"grouped product of shapes {x.shape} and {other.shape}: {left} and {right} should be equal")
-    if other.ndim == 3 and other.shape[0] != group_sizes.shape[0]:
-        raise UserError(f"{group_sizes.shape[0]} group sizes for {other.shape[0]} matrices; give one size a matrix")
+def _check(x: Any, other: Any, group_sizes: Any, x_rank: int, other_rank: int, name: str) -> None:
+    for what, array, rank in (("x", x, x_rank), (name, other, other_rank), ("group_sizes", group_sizes, 1)):
+        if array.ndim != rank:
+            raise UserError(f"{what} has shape {array.shape}; {rank} dimensions are needed")
+    for what, array in (("x", x), (name, other)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"{what} has dtype {array.dtype}; float32, bfloat16 or float16 are needed")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise UserError(f"group_sizes has dtype {group_sizes.dtype}; int32 is needed")
+    if other.ndim == 3 and other.shape[0] != group_sizes.shape[0]:
+        raise UserError(f"{group_sizes.shape[0]} group sizes for {other.shape[0]} matrices; give one size a matrix")
+    rows = x.shape[0]
     if jax.config.jax_enable_checks and not isinstance(group_sizes, jax.core.Tracer):
-        rows = int(np.sum(np.asarray(group_sizes)))
-        if rows > x.shape[0]:
-            raise UserError(f"group_sizes add up to {rows} rows, x has {x.shape[0]}")
+        sizes = np.asarray(group_sizes)
+        if (sizes < 0).any() or int(sizes.sum()) > rows:
+            raise UserError(f"group_sizes {sizes.tolist()} must not be negative, and add up to {int(sizes.sum())} rows "
+                            f"where x has {rows}")
+    checkify.debug_check((group_sizes >= 0).all(), "a group size is negative: {sizes}", sizes=group_sizes)
+    checkify.debug_check(group_sizes.sum() <= rows, f"group_sizes {{sizes}} add up to more than the {rows} rows of x",
+                         sizes=group_sizes)
+
+
+def _check_equal(x: Any, other: Any, left: int, right: int) -> None:
+    if left != right:
+        raise UserError(f"grouped product of shapes {x.shape} and {other.shape}: {left} and {right} should be equal")

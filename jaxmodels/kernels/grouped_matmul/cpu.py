@@ -1,22 +1,15 @@
-"""The grouped products block by block: a row meets the one matrix it belongs to, where XLA on CPU tries every group's.
+"""The grouped products on CPU: as much as every group has in one batched product, the rest block by block.
 
-A block is a run of rows of one group, so that each is one plain product with a slice of the rows and one matrix. How
-many blocks there are is data: a loop over as many as are used, in a program of static shapes. Rows past the last group
-are in no block and cost nothing. Not differentiable by itself (a loop of unknown length); api.py gives the gradients.
+XLA on CPU expands `ragged_dot` to all groups. Its batched product reads every matrix where it lies and keeps both cores
+busy, but wants as many rows of each group: so each group gets `room` places, a little more than its even share, and the
+rows that find none follow in a loop over blocks of rows of one group, as many as there are. The loop alone costs a copy
+of a matrix a block, which is nothing where a group has hundreds of rows, and is all there is for groups of a few.
 
-Measured on two cores (jax 0.10.2, float32, random group sizes), forward + backward in ms, against what was chosen
-before and one dense product of the same rows; the forward pass alone in brackets:
-
-    M, K, N, G              this          before        dense
-    4096, 256, 384, 8       26  (9)       171  (80)     17
-    2048, 576, 32, 48       8   (3)       201  (36)     2
-    2048, 32, 576, 48       6   (2)       352  (47)     4
-    4096, 256, 384, 8 bfloat16  49        178
-    8, 576, 32, 48 (decoding)   (0.13)    (0.9)         (0.1)
-
-The loop loses on the smallest sizes (8, 64, 128, 8: 0.16 against 0.09) and in the gradient of w with few rows a group
-(8, 576, 32, 48: 0.65 against 0.49), where api.py keeps the others.
+Not differentiable by itself (a loop of unknown length); api.py gives the gradients. What was measured, and what else
+was tried, is in docs/log.md.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.kernels.grouped_matmul.tilemap import Blocks, make_blocks
 from jaxmodels.kernels.varying import vary, varying_axes
+
+_FEWEST, _MOST = 8, 512  # mean rows a group between which the batched product wins over the loop alone
 
 
 def unfit(shape, groups, dtype) -> str | None:
@@ -33,71 +28,120 @@ def unfit(shape, groups, dtype) -> str | None:
 
 def matmul(
     x: Float[Array, "M K"], w: Float[Array, "G _ _"], group_sizes: Int[Array, "G"], *, transpose_w: bool, out_dtype,
-    size: int | None = None,
+    room: int | None = None, block: int | None = None,
 ) -> Float[Array, "M N"]:  # fmt: skip
-    """Rows of each group times its matrix, `size` rows at a time (None: `block_rows`)."""
-    rows, columns = x.shape[0], w.shape[1 if transpose_w else 2]
+    """Rows of each group times its matrix. room: of each group in the batched product (None: `batch_room`); block: rows
+    of one turn of the loop (None: `block_rows`)."""
+    rows, groups, columns = x.shape[0], w.shape[0], w.shape[1 if transpose_w else 2]
     if rows == 0 or columns == 0:
         return jnp.zeros((rows, columns), out_dtype)
-    size = min(size or block_rows(rows, w.shape[0]), rows)
+    room = batch_room(rows, groups) if room is None else room
+    block = min(block or block_rows(rows, groups), rows)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
+    inner = 2 if transpose_w else 1  # the axis of w that is summed over
 
     # Under vmap one after the other: a batched loop would run every row's blocks as often as the longest needs.
     @jax.custom_batching.sequential_vmap
     def product(x, w, group_sizes):
-        blocks = make_blocks(group_sizes, rows, size)
+        if room:
+            places = _Places(group_sizes, rows, room)
+            every = jax.lax.dot_general(places.read(x), w, (((2,), (inner,)), ((0,), (0,))),
+                                        preferred_element_type=accumulate).astype(out_dtype)  # fmt: skip
+            out = places.write(every)
+        else:
+            out = vary(jnp.zeros((rows, columns), out_dtype), varying_axes(x, w, group_sizes))
+        blocks = make_blocks(group_sizes, rows, block, skip=room)
 
         def body(i, out):
-            start = jnp.minimum(blocks.start[i], rows - size)  # the slice has `size` rows, also at the end of x
-            tile = jax.lax.dynamic_slice_in_dim(x, start, size)
+            start = jnp.minimum(blocks.start[i], rows - block)  # the slice has `block` rows, also at the end of x
+            tile = jax.lax.dynamic_slice_in_dim(x, start, block)
             matrix = jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False)
-            y = jax.lax.dot_general(tile, matrix, contract, preferred_element_type=accumulate).astype(out_dtype)
+            y = jax.lax.dot_general(tile, matrix, (((1,), (inner - 1,)), ((), ())),
+                                    preferred_element_type=accumulate).astype(out_dtype)  # fmt: skip
             # Neighbours' rows in the tile are computed and not written: rows of a product do not mix, NaN stays away.
-            mine = _mine(blocks, i, start, size)
-            old = jax.lax.dynamic_slice_in_dim(out, start, size)
+            mine = _mine(blocks, i, start, block)
+            old = jax.lax.dynamic_slice_in_dim(out, start, block)
             return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
 
-        zeros = vary(jnp.zeros((rows, columns), out_dtype), varying_axes(x, w, group_sizes))
-        return jax.lax.fori_loop(0, blocks.count, body, zeros)
+        return jax.lax.fori_loop(0, blocks.count, body, out)
 
     return product(x, w, group_sizes)
 
 
 def outer(
     x: Float[Array, "M K"], dy: Float[Array, "M N"], group_sizes: Int[Array, "G"], *, out_dtype,
-    size: int | None = None,
+    room: int | None = None, block: int | None = None,
 ) -> Float[Array, "G K N"]:  # fmt: skip
-    """x_e^T dy_e for each group e, the sum over its blocks; exactly zero for an empty one."""
+    """x_e^T dy_e for each group e, the sum over its places and blocks; exactly zero for an empty one."""
     rows, shape = x.shape[0], (group_sizes.shape[0], x.shape[1], dy.shape[1])
     if rows == 0:
         return jnp.zeros(shape, out_dtype)
-    size = min(size or block_rows(rows, shape[0]), rows)
+    room = batch_room(rows, shape[0]) if room is None else room
+    block = min(block or block_rows(rows, shape[0]), rows)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
 
     @jax.custom_batching.sequential_vmap
     def product(x, dy, group_sizes):
-        blocks = make_blocks(group_sizes, rows, size)
+        if room:
+            places = _Places(group_sizes, rows, room)
+            out = jax.lax.dot_general(places.read(x, masked=True), places.read(dy, masked=True),
+                                      (((1,), (1,)), ((0,), (0,))), preferred_element_type=accumulate)  # fmt: skip
+        else:
+            out = vary(jnp.zeros(shape, accumulate), varying_axes(x, dy, group_sizes))
+        blocks = make_blocks(group_sizes, rows, block, skip=room)
 
         def body(i, out):
-            start = jnp.minimum(blocks.start[i], rows - size)
+            start = jnp.minimum(blocks.start[i], rows - block)
             # Both operands are masked: a NaN in either would survive the other's zero.
-            mine = _mine(blocks, i, start, size)
-            left, right = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (x, dy))
+            mine = _mine(blocks, i, start, block)
+            left, right = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, start, block), 0) for a in (x, dy))
             part = jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=accumulate)
             old = jax.lax.dynamic_index_in_dim(out, blocks.group[i], keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(out, old + part, blocks.group[i], 0)
 
-        zeros = vary(jnp.zeros(shape, accumulate), varying_axes(x, dy, group_sizes))
-        return jax.lax.fori_loop(0, blocks.count, body, zeros).astype(out_dtype)
+        return jax.lax.fori_loop(0, blocks.count, body, out).astype(out_dtype)
 
     return product(x, dy, group_sizes)
+
+
+def batch_room(rows: int, groups: int) -> int:
+    """Places a group in the batched product: its even share and the spread of a random draw; 0 for none of it."""
+    mean = rows / groups
+    return -(-int(mean + math.sqrt(mean)) // 8) * 8 if _FEWEST <= mean <= _MOST else 0
 
 
 def block_rows(rows: int, groups: int) -> int:
     """Half of a mean group, a power of two in 16..128: of those measured (16 to 256), near the best for each shape."""
     half = max(rows // (2 * groups), 1)
     return min(max(1 << (half - 1).bit_length(), 16), 128)
+
+
+class _Places:
+    """The first `room` rows of every group, as [G, room, ...], and back.
+
+    taken bool[G, room]: whether a row is there; source int[G, room]: which. placed bool[M]: whether a row has a place;
+    target int[M]: which.
+    """
+
+    def __init__(self, group_sizes: Int[Array, "G"], rows: int, room: int):
+        ends = jnp.cumsum(group_sizes)
+        starts, row = ends - group_sizes, jnp.arange(rows)
+        place = jnp.arange(room)
+        self.taken = place < group_sizes[:, None]
+        self.source = jnp.minimum(starts[:, None] + place, rows - 1)
+        group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(ends) - 1)
+        inside = row - starts[group]
+        self.placed = (inside < room) & (row < ends[-1])
+        self.target = group * room + jnp.minimum(inside, room - 1)
+
+    def read(self, rows: Float[Array, "M K"], masked: bool = False) -> Float[Array, "G C K"]:
+        """Places that no row takes hold a neighbour's; masked: zeros."""
+        every = rows[self.source]
+        return jnp.where(self.taken[..., None], every, 0) if masked else every
+
+    def write(self, every: Float[Array, "G C N"]) -> Float[Array, "M N"]:
+        """Zero for rows without a place."""
+        return jnp.where(self.placed[:, None], every.reshape(-1, every.shape[-1])[self.target], 0)
 
 
 def _mine(blocks: Blocks, i, start, size: int):

@@ -17,15 +17,16 @@ class Blocks(NamedTuple):
     stop: Int[Array, "V"]
 
 
-def make_blocks(group_sizes: Int[Array, "G"], rows: int, size: int) -> Blocks:
-    """The blocks of all groups in order. Each group starts a block of its own: fewer than blocks on a fixed grid."""
+def make_blocks(group_sizes: Int[Array, "G"], rows: int, size: int, skip: int = 0) -> Blocks:
+    """The blocks of all groups in order, without the first `skip` rows of each. Each group starts a block of its own:
+    fewer than blocks on a fixed grid."""
     groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
-    per_group = -(-group_sizes // size)
+    per_group = -(-jnp.maximum(group_sizes - skip, 0) // size)
     last = jnp.cumsum(per_group)  # blocks up to and with each group
     slot = jnp.arange(-(-rows // size) + groups)
     group = jnp.minimum(jnp.searchsorted(last, slot, side="right"), groups - 1).astype(jnp.int32)
-    start = (ends - group_sizes)[group] + size * (slot - (last - per_group)[group])
+    start = (ends - group_sizes)[group] + skip + size * (slot - (last - per_group)[group])
     return Blocks(last[-1], group, start, jnp.minimum(start + size, ends[group]))
 
 
