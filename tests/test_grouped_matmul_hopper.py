@@ -147,7 +147,7 @@ def test_forward_under_the_interpreter(interpreted):
 def test_gradients_under_the_interpreter(interpreted, dtype):
     rng = np.random.default_rng(2)
     sizes = np.array([0, 3, 70, 0, 64])
-    x, w, dy = draw(rng, 150, 136, 72, len(sizes), dtype)  # a second tile of 8 in each direction
+    x, w, dy = draw(rng, 150, 72, 72, len(sizes), dtype)  # a second tile of 8 in each direction
 
     @jax.jit
     def run(x, w, dy, sizes):
