@@ -53,7 +53,17 @@ def unfit(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
         return f"Pallas for the TPU cannot be imported ({missing})"
     if (here := jax.default_backend()) != "tpu":
         return f"only on a TPU, this is {here}"
-    return _unsupported(shape, groups, dtype)
+    return unsupported(shape, groups, dtype)
+
+
+def unsupported(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
+    """Why no TPU can run the kernels on x of this shape and dtype, or None; `unfit` without asking what is here."""
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        return f"bfloat16 and float32 only, not {jnp.dtype(dtype)}"
+    slots = -(-shape[0] // Config.rows) + groups
+    if 16 * slots > _SMEM:  # four int32 a visit
+        return f"{groups} groups and {shape[0]} rows make a tile map of {16 * slots} bytes, scalar memory takes {_SMEM}"
+    return None
 
 
 def matmul(
@@ -62,8 +72,8 @@ def matmul(
 ) -> Float[Array, "M N"]:  # fmt: skip
     """Rows of group e times w[e] (G K N; G N K with `transpose_w`), fwd and dX of moe_split.md 6.2; tail rows zero."""
     (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
-    _check(x, w, group_sizes)
-    if 0 in (rows, inner, columns):
+    x, w = _checked(x, w, group_sizes)
+    if 0 in (rows, inner, columns, group_sizes.shape[0]):
         return jnp.zeros((rows, columns), out_dtype)
     config = tiles("matmul", (rows, inner, columns), x.dtype, out_dtype, config)
     limit = vmem_limit(vmem_bytes("matmul", inner, x.dtype, out_dtype, config))
@@ -81,8 +91,8 @@ def outer(
 ) -> Float[Array, "G K N"]:  # fmt: skip
     """x_e^T dy_e over the rows of each group, dW of moe_split.md 6.2; exactly zero for an empty group."""
     (rows, inner), columns = x.shape, dy.shape[1]
-    _check(x, dy, group_sizes)
-    if 0 in (rows, inner, columns):
+    x, dy = _checked(x, dy, group_sizes)
+    if 0 in (rows, inner, columns, group_sizes.shape[0]):
         return jnp.zeros((group_sizes.shape[0], inner, columns), out_dtype)
     config = tiles("outer", (rows, inner, columns), x.dtype, out_dtype, config)
     limit = vmem_limit(vmem_bytes("outer", inner, x.dtype, out_dtype, config))
@@ -360,19 +370,11 @@ def _struct(shape, dtype, *operands):
     )
 
 
-def _check(x: Any, other: Any, group_sizes: Any) -> None:
+def _checked(x: Any, other: Any, group_sizes: Any) -> tuple[Any, Any]:
+    """Both in the wider dtype of the two: the matrix unit takes one."""
     if (missing := _missing()) is not None:
         raise UserError(f"Pallas for the TPU cannot be imported ({missing}); name another implementation")
-    if x.dtype != other.dtype:
-        raise UserError(f"the operands are {x.dtype} and {other.dtype}; the TPU kernels need one dtype, cast either")
-    if (reason := _unsupported(x.shape, group_sizes.shape[0], x.dtype)) is not None:
+    dtype = jnp.promote_types(x.dtype, other.dtype)
+    if (reason := unsupported(x.shape, group_sizes.shape[0], dtype)) is not None:
         raise UserError(f"the TPU kernels cannot run: {reason}")
-
-
-def _unsupported(shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        return f"bfloat16 and float32 only, x is {jnp.dtype(dtype)}"
-    slots = -(-shape[0] // Config.rows) + groups
-    if 16 * slots > _SMEM:  # four int32 a visit
-        return f"{groups} groups and {shape[0]} rows make a tile map of {16 * slots} bytes, scalar memory takes {_SMEM}"
-    return None
+    return x.astype(dtype), other.astype(dtype)
