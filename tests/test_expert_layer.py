@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jaxmodels.errors import UserError
-from jaxmodels.experts.layer import ACTIVATIONS, dense_ffn, dispatch
 from jaxmodels.experts.layer import apply_experts as eager_apply_experts
+from jaxmodels.experts.layer import dense_ffn
+from jaxmodels.kernels import expert_ffn
+from jaxmodels.kernels.expert_ffn import ACTIVATIONS, dispatch
 
 D, E, S = 8, 6, 4
 apply_experts = jax.jit(
@@ -110,6 +112,40 @@ def test_permuting_experts_with_their_indices_changes_nothing():
     y, _ = apply_experts(experts, x, activation="silu", active=active)
     y2, _ = apply_experts(moved, x, activation="silu", active=jnp.asarray(np.argsort(order), jnp.int32)[active])
     assert np.allclose(y, y2, atol=2e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_of_tokens_travel_together(recompute):
+    """Per-block routing is per-token routing with repeated choices; recomputing changes no gradient."""
+    rng = np.random.default_rng(8)
+    experts = make_experts(rng)
+    del experts["down_bias"]
+    x, weights = jnp.asarray(rng.normal(size=(12, D)), jnp.float32), jnp.asarray(rng.random((4, 2)), jnp.float32)
+    active = choices(rng, 4, 2).at[1, 0].set(E)
+
+    def loss(experts, x, weights, block):
+        spread = (active, weights) if block > 1 else (a.repeat(3, 0) for a in (active, weights))
+        return (expert_ffn(experts, x, *spread, block=block, recompute=recompute and block > 1) ** 2).sum()
+
+    got = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)(experts, x, weights, 3)
+    wanted = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)(experts, x, weights, 1)
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(one - two) <= 2e-6 * np.linalg.norm(two)
+    with pytest.raises(UserError, match="block=5"):
+        expert_ffn(experts, x, active, weights, block=5)
+
+
+def test_recomputing_keeps_less():
+    rng = np.random.default_rng(9)
+    wide = {name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for name, shape in (("gate", (4, 8, 64)), ("up", (4, 8, 64)), ("down", (4, 64, 8)))}
+    x, active = jnp.ones((96, 8)), jnp.asarray(rng.integers(4, size=(96, 1)), jnp.int32)
+
+    def kept(recompute):
+        _, residuals = jax.vjp(lambda w, x: expert_ffn(w, x, active, recompute=recompute), wide, x)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert kept(True) <= kept(False) - 2 * 96 * 64
 
 
 def test_dispatch_is_a_stable_sort():

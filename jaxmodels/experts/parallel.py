@@ -24,7 +24,8 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.experts.layer import apply_experts, dispatch, expert_rows, gather_rows
+from jaxmodels.experts.layer import apply_experts
+from jaxmodels.kernels.expert_ffn import dispatch, expert_rows, gather_rows
 from jaxmodels.kernels.varying import vary
 
 BATCH = ("data", "fsdp", "expert")

@@ -16,8 +16,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.experts.layer import ACTIVATIONS, apply_experts
+from jaxmodels.experts.layer import apply_experts
 from jaxmodels.experts.split import Split
+from jaxmodels.kernels.expert_ffn import ACTIVATIONS
 
 
 def _router(*static: str):

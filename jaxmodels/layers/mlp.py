@@ -6,16 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.kernels.expert_ffn import ACTIVATIONS
 from jaxmodels.layers.linear import linear
 from jaxmodels.layers.param import param
 from jaxmodels.taps import Probe
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 class MLP(nnx.Module):
