@@ -13,12 +13,21 @@ from jax.test_util import check_grads
 
 from jaxmodels.errors import UserError
 from jaxmodels.kernels import grouped_matmul, grouped_outer
-from jaxmodels.kernels.grouped_matmul import Implementation, api, cpu, lowering_for, native, register, tilemap
+from jaxmodels.kernels.grouped_matmul import (
+    Implementation,
+    api,
+    cpu,
+    lowering_for,
+    native,
+    proof,
+    register,
+    tilemap,
+)
 
 needs_compiler = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
 # cpu.py with few places and small blocks, so that small cases meet its batched product and its loop.
-register("cpu-places", Implementation(functools.partial(cpu.matmul, room=2, block=3),
-                                      functools.partial(cpu.outer, room=2, block=3)))
+register("cpu-places", Implementation(functools.partial(cpu.matmul, config=cpu.Config(2, 3)),
+                                      functools.partial(cpu.outer, config=cpu.Config(2, 3))))
 CHOICES = ["cpu-places", "reference", "xla", "cpu", pytest.param("native", marks=needs_compiler), "loop", None]
 
 
@@ -318,3 +327,35 @@ def test_cpu_in_float64():
         for value, expected in zip(got, numpy_products(x, w, dy, sizes), strict=True):
             assert value.dtype == jnp.float64
             close(value, expected, 1e-14)
+
+
+def test_a_kernel_proves_itself_before_it_is_the_default(monkeypatch):
+    """What is off, wrong only in its tail, or does not run is told and replaced; what is right is kept."""
+    good = api._IMPLEMENTATIONS["reference"]
+    assert proof.wrong(good.matmul, good.outer, jnp.float32) is None
+
+    def off(*operands, **keywords):
+        return good.matmul(*operands, **keywords) * 1.1
+
+    def dirty(x, w, sizes, **keywords):
+        return good.matmul(x, w, sizes, **keywords).at[-1].set(1e-6)
+
+    def broken(*operands, **keywords):
+        raise RuntimeError("no such instruction")
+
+    assert "forward is off by 1.0e-01" in proof.wrong(off, good.outer, jnp.float32)
+    assert "forward is not zero where it should be" in proof.wrong(dirty, good.outer, jnp.float32)
+    assert "dW is off" in proof.wrong(good.matmul, lambda *a, **k: 0 * good.outer(*a, **k), jnp.float32)
+    monkeypatch.setattr(api, "_IMPLEMENTATIONS", dict(api._IMPLEMENTATIONS))
+    register("tpu", Implementation(broken, good.outer))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for cached in (api._wrong, api._fall_back, api._tell):
+        cached.cache_clear()
+    try:
+        x, w, _ = draw(np.random.default_rng(16), 8, 4, 5, 2)
+        with pytest.warns(UserWarning, match="'tpu' cannot: RuntimeError: no such instruction"):
+            y = jax.jit(lambda *a: grouped_matmul(*a))(x, w, jnp.array([3, 4], jnp.int32))  # while it is traced
+        assert y.shape == (8, 5)
+    finally:
+        for cached in (api._wrong, api._fall_back, api._tell):
+            cached.cache_clear()

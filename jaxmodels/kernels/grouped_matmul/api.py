@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.kernels.grouped_matmul import cpu, native, reference, xla
+from jaxmodels.kernels.grouped_matmul import cpu, native, proof, reference, tuning, xla
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Implementation:
     """A way to compute both products. `unfit` says why it cannot run the given shapes here, or None.
 
     `matmul(x, w, group_sizes, *, transpose_w, out_dtype)`, `outer(x, dy, group_sizes, *, out_dtype)`; with
-    `takes_config` both also get `config=`. `unfit(x_shape, group_count, dtype)` must not touch device memory.
+    `takes_config` both also get `config=`. `unfit(x_shape, group_count, dtype)` must not touch device memory;
+    `unsupported` is what of it does not depend on the device that is here.
     """
 
     matmul: Callable[..., Any]
     outer: Callable[..., Any]
     unfit: Callable[[tuple[int, ...], int, Any], str | None] = lambda shape, groups, dtype: None
     takes_config: bool = False
+    unsupported: Callable[[tuple[int, ...], int, Any], str | None] = lambda shape, groups, dtype: None
 
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {}
@@ -44,7 +46,7 @@ def register(name: str, implementation: Implementation) -> None:
 register("reference", Implementation(reference.matmul, reference.outer))
 register("loop", Implementation(reference.loop_matmul, reference.loop_outer))
 register("xla", Implementation(xla.matmul, xla.outer))
-register("cpu", Implementation(cpu.matmul, cpu.outer, cpu.unfit))
+register("cpu", Implementation(cpu.matmul, cpu.outer, cpu.unfit, takes_config=True))
 register("native", Implementation(native.matmul, native.outer, native.unfit))
 
 
@@ -58,11 +60,11 @@ def _pallas(name: str) -> Implementation:
 
         return call
 
-    return Implementation(of("matmul"), of("outer"), of("unfit"), takes_config=True)
+    return Implementation(of("matmul"), of("outer"), of("unfit"), takes_config=True, unsupported=of("unsupported"))
 
 
-for _name in ("tpu", "hopper"):
-    register(_name, _pallas(_name))
+register("tpu", _pallas("tpu"))
+register("hopper", _pallas("hopper"))
 
 _log = logging.getLogger("jaxmodels.kernels")
 _targets: set[str] = set()  # platforms that programs are compiled for and that are not here
@@ -71,6 +73,8 @@ _targets: set[str] = set()  # platforms that programs are compiled for and that 
 @contextlib.contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
     """Inside, programs also carry what they would run on `platform` ("tpu"): for compiling ahead of time."""
+    if platform != "tpu":
+        raise UserError(f"programs are compiled ahead of time for 'tpu', not for {platform!r}")
     _targets.add(platform)
     try:
         yield
@@ -177,8 +181,10 @@ def _run(product, names, here, config, left, right, group_sizes, **keywords):
     """
 
     def by(name: str) -> Callable[..., Array]:
-        function = getattr(_IMPLEMENTATIONS[name], product)
-        return functools.partial(function, **keywords, **_keywords(name, config))
+        function, chosen = getattr(_IMPLEMENTATIONS[name], product), config
+        if config is None and _IMPLEMENTATIONS[name].takes_config:  # from a table; nothing is timed here
+            chosen = tuning.for_call(name, product, left, right, group_sizes, keywords.get("transpose_w", False))
+        return functools.partial(function, **keywords, **_keywords(name, chosen))
 
     if names is not None:
         return by(_choose(names, left, group_sizes))(left, right, group_sizes)
@@ -193,12 +199,21 @@ def _run(product, names, here, config, left, right, group_sizes, **keywords):
 
 def _on_accelerator(platform: str, x: Any, group_sizes: Any) -> str:
     name = {"tpu": "tpu", "gpu": "hopper"}.get(platform, "xla")
-    reason = _IMPLEMENTATIONS[name].unfit(x.shape, group_sizes.shape[0], x.dtype)
-    if reason is not None and platform not in _targets:
+    chosen, about = _IMPLEMENTATIONS[name], (x.shape, group_sizes.shape[0], x.dtype)
+    if platform in _targets:
+        reason = chosen.unsupported(*about)
+    else:
+        reason = chosen.unfit(*about) or (_wrong(name, x.dtype) if name != "xla" else None)
+    if reason is not None:
         _fall_back(name, reason)
         name = "xla"
     _tell(platform, name)
     return name
+
+
+@functools.cache
+def _wrong(name: str, dtype: Any) -> str | None:
+    return proof.wrong(_IMPLEMENTATIONS[name].matmul, _IMPLEMENTATIONS[name].outer, dtype)
 
 
 @functools.cache
