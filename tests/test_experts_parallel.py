@@ -70,6 +70,21 @@ def close(got, wanted, limit=1e-6):
         assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize("parts", [3, 2])  # 3 tokens a device do not divide by 2: then they travel together
+def test_in_parts_it_is_the_same(parts):
+    experts, x, weights, target = inputs()
+    mesh = make_mesh((1, 1, 8, 1))
+    batch = NamedSharding(mesh, PartitionSpec(AXES[:3]))
+    cut = [jax.device_put(a, batch) for a in (x, weights, target)]
+    with jax.set_mesh(mesh), parallel.exchange_in_parts(parts):
+        run = values_and_gradients(apply_experts_parallel)
+        for name, active in routings().items():
+            close(run(experts, cut[0], cut[1], jax.device_put(active, batch), cut[2]), expected()[name])
+        text = jax.jit(lambda *a: apply_experts_parallel(experts, a[0], activation="silu", active=a[1], weights=a[2])
+                       ).lower(cut[0], jax.device_put(active, batch), cut[1]).as_text()  # fmt: skip
+    assert text.count("stablehlo.all_to_all") == 3 * (parts if parts == 3 else 1)  # rows, their counts, and back
+
+
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_same_as_one_device(shape):
     """All routings through one compiled program: the sizes are data, not shapes."""

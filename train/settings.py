@@ -18,12 +18,15 @@ class MeshConfig:
     fsdp: int = 1  # parameters and moments cut along their embed axis, the batch as well
     expert: int = 1  # experts spread over devices, the batch as well
     tensor: int = 1  # heads, hidden width and vocabulary
+    parts: int = 1  # in which tokens travel to their experts, so that some compute while others travel
     slices: int = 1  # TPU slices (or hosts) joined by a slower network; only `data` crosses them
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in AXES]
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise UserError(f"mesh {self._text()}: sizes are at least 1, and at most one of them is -1 (what is left)")
+        if self.parts < 1:
+            raise UserError(f"mesh.parts={self.parts} must be at least 1")
         if self.slices < 1 or (self.data != -1 and self.data % self.slices):
             raise UserError(f"mesh.slices={self.slices} must divide mesh.data={self.data}: only data crosses slices")
 

@@ -15,8 +15,10 @@ memory and lose tokens, and `jax.lax.ragged_all_to_all`, which sends only what i
 where a grouped product does no work; they cost their bytes on the wire and in the activations.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +31,22 @@ from jaxmodels.kernels.expert_ffn import dispatch, expert_rows, gather_rows
 from jaxmodels.kernels.varying import vary
 
 BATCH = ("data", "fsdp", "expert")
+_parts: contextvars.ContextVar[int] = contextvars.ContextVar("exchange_parts", default=1)
 _SPECS = {
     "gate": ("expert", None, "tensor"), "up": ("expert", None, "tensor"), "down": ("expert", "tensor", None),
     "gate_bias": ("expert", "tensor"), "up_bias": ("expert", "tensor"),
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def exchange_in_parts(parts: int) -> Iterator[None]:
+    """Inside, a device's tokens travel in so many parts, each with buffers of its own: while one is on the wire the
+    compiler may run the products of another. More parts mean smaller messages and smaller groups."""
+    token = _parts.set(parts)
+    try:
+        yield
+    finally:
+        _parts.reset(token)
 
 
 def run_experts(
@@ -98,7 +112,10 @@ def _on_device(experts, x, active, weights, sizes, activation, implementation):
     # their operands; and what was replicated gets its gradients summed by the transpose of this very cast.
     x, active, weights, experts = jax.tree.map(lambda a: vary(a, tuple(sizes)), (x, active, weights, experts))
     if (devices := sizes.get("expert", 1)) > 1:
-        y = _travel(experts, x, active, weights, devices, activation, implementation)
+        parts = math.gcd(_parts.get(), len(x))
+        done = [_travel(experts, *cut, devices, activation, implementation)
+                for cut in zip(*(jnp.split(a, parts) for a in (x, active, weights)), strict=True)]  # fmt: skip
+        y = jnp.concatenate(done)
     else:
         y = apply_experts(experts, x, activation=activation, active=active, weights=weights,
                           implementation=implementation)[0].astype(jnp.float32)  # fmt: skip
