@@ -345,6 +345,6 @@ def test_compiles_for_real_chips(generation, tmp_path):
     assert len(rows) == 12 and all(row["compiled"] for row in rows), done.stdout
     for row in rows:
         # No second accumulator, and what is spilled costs no bundle worth mention.
-        assert row["vmem_mib"] - row["blocks_mib"] < 2.5 and row["vmem_mib"] <= row["limit_mib"], row
+        assert row["vmem_mib"] - row["blocks_mib"] < 3 and row["vmem_mib"] <= row["limit_mib"], row
         assert row["bundles"] <= 1.01 * row["bundles_unspilled"], row
         assert row["temporary_bytes"] < 2**21, row
