@@ -118,7 +118,7 @@ def test_hash_names_the_values():
 def test_keys_say_type_value_and_comment():
     found = {key.name: key for key in keys(Config())}
     assert set(found) == {
-        *("units", "languages", "limit", "shout", "note", "pause"),
+        *("units", "languages", "limit", "shout", "note", "pause", "seed"),
         *("inner.size", "inner.rate", "inner.kind"),
     }
     assert (found["units"].type, found["units"].default, found["units"].help) == ("int", 3, "units of work")

@@ -28,6 +28,7 @@ class Config:
     note: str = "plain"
     pause: float = 0.0  # seconds in each unit
     inner: Inner = Inner()
+    seed: int = 0
     entry: str = "tests.tiny_experiment:run"
     report: str = "tests.tiny_experiment:report"
 
@@ -39,6 +40,7 @@ class Config:
 PRESETS = {"tiny": {"units": 2, "inner.size": 2}}
 NEEDS = ("gettext", "smollm2-135m-instruct")
 MINUTES = {"tiny": 0.01}
+GRIDS = {"sizes": {"small": {"inner.size": 2}, "large": {"inner.size": 5}}}
 
 
 def get_config() -> Config:
@@ -63,7 +65,7 @@ def run(config, folder):
             advance()
             folder.check_stop()
     totals = [int(folder.load_npz(f"units/{unit}")["total"]) for unit in range(config.units)]
-    folder.write_results({"total": sum(totals), "computed": computed})
+    folder.write_results({"total": sum(totals) + config.seed, "computed": computed})
 
 
 def report(directory):
