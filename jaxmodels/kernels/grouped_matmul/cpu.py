@@ -10,15 +10,31 @@ was tried, is in docs/log.md.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.errors import UserError
 from jaxmodels.kernels.grouped_matmul.tilemap import Blocks, make_blocks
 from jaxmodels.kernels.varying import vary, varying_axes
 
 _FEWEST, _MOST = 8, 512  # mean rows a group between which the batched product wins over the loop alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """room: places of each group in the batched product, 0 for the loop alone (None: `batch_room`); block: rows of one
+    turn of the loop (None: `block_rows`)."""
+
+    room: int | None = None
+    block: int | None = None
+
+    def __post_init__(self):
+        if (self.room or 0) < 0 or (self.block is not None and self.block < 1):
+            raise UserError(f"{self}: room must not be negative, and block at least 1")
 
 
 def unfit(shape, groups, dtype) -> str | None:
@@ -28,15 +44,13 @@ def unfit(shape, groups, dtype) -> str | None:
 
 def matmul(
     x: Float[Array, "M K"], w: Float[Array, "G _ _"], group_sizes: Int[Array, "G"], *, transpose_w: bool, out_dtype,
-    room: int | None = None, block: int | None = None,
+    config: Config | None = None,
 ) -> Float[Array, "M N"]:  # fmt: skip
-    """Rows of each group times its matrix. room: of each group in the batched product (None: `batch_room`); block: rows
-    of one turn of the loop (None: `block_rows`)."""
+    """Rows of each group times its matrix."""
     rows, groups, columns = x.shape[0], w.shape[0], w.shape[1 if transpose_w else 2]
     if rows == 0 or columns == 0:
         return jnp.zeros((rows, columns), out_dtype)
-    room = batch_room(rows, groups) if room is None else room
-    block = min(block or block_rows(rows, groups), rows)
+    room, block = _cut(config, rows, groups)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     inner = 2 if transpose_w else 1  # the axis of w that is summed over
 
@@ -70,14 +84,13 @@ def matmul(
 
 def outer(
     x: Float[Array, "M K"], dy: Float[Array, "M N"], group_sizes: Int[Array, "G"], *, out_dtype,
-    room: int | None = None, block: int | None = None,
+    config: Config | None = None,
 ) -> Float[Array, "G K N"]:  # fmt: skip
     """x_e^T dy_e for each group e, the sum over its places and blocks; exactly zero for an empty one."""
     rows, shape = x.shape[0], (group_sizes.shape[0], x.shape[1], dy.shape[1])
     if rows == 0:
         return jnp.zeros(shape, out_dtype)
-    room = batch_room(rows, shape[0]) if room is None else room
-    block = min(block or block_rows(rows, shape[0]), rows)
+    room, block = _cut(config, rows, shape[0])
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
 
     @jax.custom_batching.sequential_vmap
@@ -102,6 +115,15 @@ def outer(
         return jax.lax.fori_loop(0, blocks.count, body, out).astype(out_dtype)
 
     return product(x, dy, group_sizes)
+
+
+def _cut(config: Any, rows: int, groups: int) -> tuple[int, int]:
+    """(room, block) with the defaults filled in."""
+    config = config or Config()
+    if not isinstance(config, Config):
+        raise UserError(f"config is a {type(config).__module__}.{type(config).__name__}; 'cpu' takes its own Config")
+    room = batch_room(rows, groups) if config.room is None else config.room
+    return room, min(config.block or block_rows(rows, groups), rows)
 
 
 def batch_room(rows: int, groups: int) -> int:
