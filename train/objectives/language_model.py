@@ -34,14 +34,17 @@ class LanguageModel:
         tokens, segments = batch["tokens"], batch["segments"]
         taps = self._taps(model)
         logits, aux, _ = model.forward(tokens, mask=segments > 0, segments=segments, taps=taps)
-        logits = logits[:, :-1].astype(jnp.float32)
-        targets = tokens[:, 1:]
-        counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        nll = jnp.where(counts, nll, 0).sum()
+        logits = logits.astype(jnp.float32)
+        # Whole rows, the last position masked, and targets picked by comparing: slices and look-ups of logits would cost
+        # a padding and a scatter of their size in the gradient; an argmax on CPU as much as a product.
+        last = jnp.zeros_like(segments[:, :1])
+        targets, following = (jnp.concatenate([a[:, 1:], last], 1) for a in (tokens, segments))
+        counts = (following == segments) & (following > 0)
+        picked = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0).sum(-1)
+        nll = jnp.where(counts, jax.nn.logsumexp(logits, -1) - picked, 0).sum()
         sums: Sums = {
             "weight": counts.sum(), "nll": nll,
-            "correct": jnp.sum(counts & (logits.argmax(-1) == targets)),
+            "correct": jnp.sum(counts & (picked >= logits.max(-1))),
         }
         if "bytes" in batch:
             sums["bytes"] = batch["bytes"].sum()
