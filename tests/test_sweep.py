@@ -71,6 +71,7 @@ def test_a_trial_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert cli.main(["sweep", TINY, "grid=note=bug,plain", "preset=tiny", "--out", str(out)]) == 1
     told = capsys.readouterr()
     assert "1 of 2 trials failed, note=bug/seed-0 first: a bug" in told.err
+    assert "note=bug/seed-0 failed: a bug" in told.err  # at once, not only at the end of hours
     assert results(out / "note=plain" / "seed-0")["status"] == "complete" and results(out)["failed_trials"] == 1
     assert "1 of 2 trials complete, 1 failed; not: note=bug/seed-0" in (out / "report.html").read_text()
 

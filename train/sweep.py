@@ -9,6 +9,7 @@ loop: what a shared machine does to the clock falls on all variants alike, and a
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any
                 raise
             except Exception as error:
                 failures.append((trial, error))
+                print(f"{trial.folder} failed: {error}", file=sys.stderr)
             advance(1, trial.folder)
     folder.write_results({"trials": len(sweep.trials), "failed_trials": len(failures)})
     if not failures:
