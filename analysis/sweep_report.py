@@ -30,7 +30,9 @@ def build(sweep_dir: str | Path) -> Path:
     numbers = _numbers(trials)
     keys = sorted(numbers, key=lambda key: (FIRST.index(key) if key in FIRST else len(FIRST)))
     report.section("Variants", "Mean over seeds; the spread is the standard deviation of one seed (n - 1).")
-    report.table(summary(numbers, keys), None, "One row a variant and number.", "variants")
+    rows = summary(numbers, keys)
+    report.number_cards((row["variant"], row["mean"], _note(row)) for row in rows if row["number"] == keys[0])
+    report.table(rows, None, "One row a variant and number.", "variants")
     if len(trials) > 1:
         report.section("Seed by seed", "Variants with the same seed saw the same text in the same order.")
         report.table(paired(numbers, keys), None, "Differences from the first variant with the same seed.", "paired")
@@ -87,6 +89,11 @@ def paired(numbers: Mapping[str, Mapping[str, Mapping[str, float]]], keys: list[
                          "seeds": len(common), "same sign in all": bool((differences > 0).all()
                                                                         or (differences < 0).all())})
     return rows
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    spread = "" if row["spread"] is None else f" ± {row['spread']:.2g}"
+    return f"{row['number']}{spread}, {row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
 
 
 def _numbers(trials: Trials) -> dict[str, dict[str, dict[str, float]]]:
