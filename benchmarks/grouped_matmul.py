@@ -198,7 +198,7 @@ def _of_peak(flop: float, seconds: float, device: Any) -> float | None:
 
 
 class Inputs:
-    """Operands of one product: `sets` of (left, right, right of the dense product), and vectors of group sizes.
+    """Operands of one product: `sets` of [left, right, matrix of the dense product], and vectors of group sizes.
 
     fwd: x [M, K], w [G, K, N]; dX: dy [M, N], w; dW: x, dy. The sets together exceed twice the cache. The group sizes
     are rotated among the experts from call to call, as a few rows would otherwise find their matrices in the cache.
@@ -221,7 +221,7 @@ class Inputs:
         self.sets = []
         for i in range(number):
             a, b = draw(keys[2 * i], left), draw(keys[2 * i + 1], right)
-            self.sets.append(jax.block_until_ready((a, b, b if product == "dW" else jnp.copy(b[0]))))
+            self.sets.append(jax.block_until_ready([a, b, None if product == "dW" else jnp.copy(b[0])]))
         self.itemsize = dtype.itemsize
 
     def set_sizes(self, sizes: np.ndarray) -> None:
@@ -232,12 +232,6 @@ class Inputs:
         count = min(max(math.ceil(2 * self.cache / touched), 1), 16)
         self.sizes = [jnp.asarray(np.roll(sizes, i * max(groups // count, 1))) for i in range(count)]
 
-    def dense(self) -> list[tuple[Any, Any]]:
-        return [(left, right) for left, _, right in self.sets]
-
-    def grouped(self) -> list[tuple[Any, Any]]:
-        return [(left, right) for left, right, _ in self.sets]
-
 
 class Side:
     """One implementation of one product, compiled. Raises Skipped with the reason if it cannot be."""
@@ -246,7 +240,8 @@ class Side:
         import jax.numpy as jnp
 
         self.name, self.inputs, self.looped, self.note = name, inputs, looped, ""
-        self.operands = inputs.dense() if name == "dense" else inputs.grouped()
+        # The dense product's matrix is an operand of its own; for dW, both products take the same two.
+        self.right = 2 if name == "dense" and inputs.product != "dW" else 1
         self.variants: dict[str, tuple[Function, Any]] = {}
         self.calls = self.next = 0
         self.turn_seconds, self.temporary, self.turn_program = math.nan, None, None
@@ -254,7 +249,7 @@ class Side:
         reasons = []
         for label, function in variants.items():
             try:
-                self.variants[label] = function, _compile(function, *self.operands[0], sizes)
+                self.variants[label] = function, _compile(function, *self._operands(0), sizes)
             except Exception as error:  # peers raise what they like
                 reasons.append(f"{type(error).__name__}: {_one_line(error)}")
         if not self.variants:
@@ -287,15 +282,15 @@ class Side:
         # A dispatch costs a good part of a short call on a CPU, and on an accelerator there is a loop.
         self.calls = min(max(int((0.5 if self.looped else 2e-3) / speed[label]), 1), CALLS)
         if self.looped:
-            self.calls = -(-self.calls // len(self.operands)) * len(self.operands)
+            self.calls = -(-self.calls // len(self.inputs.sets)) * len(self.inputs.sets)
             if self.turn_program is None or self.turn_program[0] != label:
-                self.turn_program = label, _looped(function, self.operands)
+                self.turn_program = label, _looped(function, len(self.inputs.sets))
             self._loop(1)
         self.turn_seconds = speed[label] * self.calls
 
     def turn(self) -> None:
         if self.looped:
-            self._loop(self.calls // len(self.operands))
+            self._loop(self.calls // len(self.inputs.sets))
             return
         for _ in range(self.calls):
             self.next += 1
@@ -304,16 +299,23 @@ class Side:
     def _call(self, program: Any, number: int) -> Any:
         import jax
 
-        sizes = self.inputs.sizes
         # The next sizes after all operands had a turn: stepping through both at once, the same would always meet.
-        left, right = self.operands[number % len(self.operands)]
-        return jax.block_until_ready(program(left, right, sizes[number // len(self.operands) % len(sizes)]))
+        sizes, count = self.inputs.sizes, len(self.inputs.sets)
+        return jax.block_until_ready(program(*self._operands(number % count), sizes[number // count % len(sizes)]))
 
     def _loop(self, iterations: int) -> None:
         import jax
         import jax.numpy as jnp
 
-        jax.block_until_ready(self.turn_program[1](iterations, self.operands, jnp.stack(self.inputs.sizes)))
+        lefts, rights = ([one[place] for one in self.inputs.sets] for place in (0, self.right))
+        results, lefts, rights = self.turn_program[1](iterations, lefts, rights, jnp.stack(self.inputs.sizes))
+        for one, left, right in zip(self.inputs.sets, lefts, rights, strict=True):
+            one[0], one[self.right] = left, right
+        jax.block_until_ready((results, lefts, rights))
+
+    def _operands(self, number: int) -> tuple[Any, Any]:
+        one = self.inputs.sets[number]
+        return one[0], one[self.right]
 
     def _seconds(self, program: Any) -> float:
         start = time.perf_counter()
@@ -334,32 +336,36 @@ def _compile(function: Function, left: Any, right: Any, sizes: Any) -> Any:
     return jax.jit(function).lower(left, right, sizes).compile()
 
 
-def _looped(function: Function, operands: Sequence[tuple[Any, Any]]) -> Any:
-    """A program of (iterations, operands, sizes [count, G]) that calls once an iteration with each pair of operands.
+def _looped(function: Function, count: int) -> Any:
+    """A program of (iterations, lefts, rights, sizes [S, G]) that calls once an iteration with each of `count` pairs.
 
-    Every call waits for the one before: its sizes grow by one where that gave a NaN, which is never. The barrier keeps
-    what depends only on the operands (padding, say) inside the loop, and the results are carried, so that all of each
-    is computed.
+    A call waits for the one before: every operand's first number grows by one where that gave a NaN, which is never.
+    Without this, XLA computes once, before the loop, what is the same in every iteration, and no optimization_barrier
+    stops it. The operands are donated and handed back, so that they change in place. The results are carried, as of one
+    that only its first number is read from, XLA might compute just that.
     """
     import jax
     import jax.numpy as jnp
 
-    def run(iterations, operands, sizes):
+    def run(iterations, lefts, rights, sizes):
         def body(i, carry):
-            nan, results = carry
-            made = []
-            for place, _ in enumerate(results):
-                left, right, nan = jax.lax.optimization_barrier((*operands[place], nan))
-                result = function(left, right, sizes[i % sizes.shape[0]] + nan)
+            nan, results, lefts, rights = carry
+            lefts, rights, made = list(lefts), list(rights), []
+            for place in range(count):
+                result = function(lefts[place], rights[place], sizes[(i * count + place) % sizes.shape[0]] + nan)
                 nan = jnp.isnan(result[(0,) * result.ndim]).astype(jnp.int32)
                 made.append(result)
-            return nan, made
+                for operands in (lefts, rights):
+                    first = (0,) * operands[place].ndim
+                    operands[place] = operands[place].at[first].add(nan.astype(operands[place].dtype))
+            return nan, made, lefts, rights
 
-        shapes = [jax.eval_shape(function, left, right, sizes[0]) for left, right in operands]
-        start = jnp.int32(0), [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
-        return jax.lax.fori_loop(0, iterations, body, start)
+        shapes = [jax.eval_shape(function, left, right, sizes[0]) for left, right in zip(lefts, rights, strict=True)]
+        start = jnp.int32(0), [jnp.zeros(shape.shape, shape.dtype) for shape in shapes], lefts, rights
+        _, results, lefts, rights = jax.lax.fori_loop(0, iterations, body, start)
+        return results, lefts, rights
 
-    return jax.jit(run)
+    return jax.jit(run, donate_argnums=(1, 2))
 
 
 def check(inputs: Inputs, sizes: np.ndarray, result: Any) -> str | None:
@@ -460,7 +466,7 @@ def _dense(point: Point, product: str) -> dict[str, Function]:
 def _ours(name: str, point: Point, product: str) -> dict[str, Function]:
     import jax
 
-    from jaxmodels.kernels.grouped_matmul import api
+    from jaxmodels.kernels.grouped_matmul import api, tuning
 
     m, k, n, groups = point.shape
     platform = jax.default_backend()
@@ -470,13 +476,13 @@ def _ours(name: str, point: Point, product: str) -> dict[str, Function]:
         raise Skipped(f"not run: rows x experts x columns are {m * max(k, n) * groups:,} numbers")
     if (why := api._IMPLEMENTATIONS[name].unfit((m, n if product == "dX" else k), groups, np.dtype(point.dtype))):
         raise Skipped(why)
+    inner, columns = (n, k) if product == "dX" else (k, n)
+    kind = tuning.tables.device_kind()
+    config = tuning.lookup(name, product, m, inner, columns, groups, point.dtype, kind)
+    label = f"tuned: {config}" if config else ""
     if product == "dW":
-        return {"": functools.partial(_positional, api.grouped_outer, implementation=name)}
-    return {"": functools.partial(_positional, api.grouped_matmul, implementation=name, transpose_w=product == "dX")}
-
-
-def _positional(function: Any, left: Any, right: Any, sizes: Any, **keywords: Any) -> Any:
-    return function(left, right, sizes, **keywords)
+        return {label: functools.partial(api.grouped_outer, implementation=name)}
+    return {label: functools.partial(api.grouped_matmul, implementation=name, transpose_w=product == "dX")}
 
 
 def _megablox(point: Point, product: str) -> dict[str, Function]:
@@ -508,7 +514,7 @@ def _hopper_sample(point: Point, product: str) -> dict[str, Function]:
     for rows, columns, band in ((128, 128, 1), (128, 128, 4), (128, 192, 1), (128, 192, 4)):
         tiles = {"block_m": rows, "block_n": columns, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": band}
         if product == "dW":
-            function = lambda x, dy, sizes, tiles=tiles: outer(x.T, dy, group_sizes=sizes, **tiles)  # noqa: E731
+            function = lambda x, dy, sizes, tiles=tiles: outer(x, dy, group_sizes=sizes, **tiles)  # noqa: E731
         else:
             function = lambda x, w, sizes, tiles=tiles: matmul(  # noqa: E731
                 x, w, group_sizes=sizes, transpose_rhs=product == "dX", **tiles)

@@ -141,6 +141,23 @@ def test_inputs_exceed_the_cache():
     assert all(int(sizes.sum()) == 4 for sizes in inputs.sizes)
 
 
+@pytest.mark.parametrize("product", grouped_matmul.PRODUCTS)
+def test_the_loop_computes_every_time(product):
+    """Even the dense product, which depends on nothing that a plain loop would change: no product before the loop."""
+    inputs = grouped_matmul.Inputs(POINT, product, cache=1)
+    side = grouped_matmul.Side("dense", grouped_matmul._dense(POINT, product), inputs, looped=True)
+    operands = [[part] for part in side._operands(0)]
+    program = grouped_matmul._looped(side.variants[""][0], 1).lower(3, *operands, jnp.ones((2, 6), jnp.int32)).compile()
+    before, _, entry = program.as_text().partition("\nENTRY")
+    assert " dot(" in before and " dot(" not in entry
+    before = [np.asarray(part[0]) for part in operands]
+    inputs.set_sizes(_shapes.draw_sizes("even", TOY))
+    side.prepare(_shapes.draw_sizes("even", TOY))
+    side.turn()
+    for now, then in zip(side._operands(0), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
 def test_slow_sides_have_fewer_turns_spread_over_the_others():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in ("fast", "slow")}
