@@ -127,14 +127,14 @@ def command_run(arguments: argparse.Namespace) -> int:
 
     The same command finds its own folder again and goes on where it stopped; `jaxmodels run NAME --help` lists keys.
     """
-    from train.runtime.config import find, resolve, to_dict
+    from train.runtime.config import defaults_of, find, resolve, to_dict
 
     config = resolve(arguments.name, arguments.overrides)
     _prepare_jax()
     from train.runtime.config import load_function
 
-    operational = getattr(config, "operational", ())
-    with _open_run(find(arguments.name).name, to_dict(config), arguments.out, operational) as run:
+    about = {"operational": getattr(config, "operational", ()), "defaults": defaults_of(config)}
+    with _open_run(find(arguments.name).name, to_dict(config), arguments.out, **about) as run:
         load_function(config.entry)(config, run)
     if run.writes:
         print(_build_report(run.dir, config.report))
@@ -142,7 +142,7 @@ def command_run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _open_run(name: str, config: dict, out: str | None, operational: Sequence[str]):
+def _open_run(name: str, config: dict, out: str | None, **about):
     """The run folder, locked, with signals heard; among several processes all but the first leave writing to it."""
     from train.runtime import distributed
     from train.runtime.progress import clock
@@ -152,7 +152,7 @@ def _open_run(name: str, config: dict, out: str | None, operational: Sequence[st
     start = time.monotonic()
     several = distributed.initialize()
     follower = several and distributed.process_index() != 0
-    folder = RunFolder.open(name, config, out, follower=follower, operational=operational)
+    folder = RunFolder.open(name, config, out, follower=follower, **about)
     tell = functools.partial(print, file=sys.stderr) if not follower else lambda *_: None
     with stop.listening(several), folder as run:
         tell(f"{name}: {'resuming' if run.resumed else 'running'} in {run.dir}")
@@ -178,7 +178,7 @@ def command_sweep(arguments: argparse.Namespace) -> int:
 
     planned = sweep.plan(arguments.name, arguments.overrides)
     _prepare_jax()
-    with _open_run(planned.name, planned.config, arguments.out, planned.operational) as run:
+    with _open_run(planned.name, planned.config, arguments.out, operational=planned.operational) as run:
         failure = sweep.run(planned, run, _build_report)
     if run.writes:
         print(_build_report(run.dir, planned.config["report"]))

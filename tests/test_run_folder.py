@@ -232,6 +232,21 @@ def test_a_signal_ends_the_run_between_units(tmp_path, number):
     assert json.loads((tmp_path / "r/results.json").read_text())["status"] == "interrupted"
 
 
+def test_a_key_that_a_later_version_adds(tmp_path):
+    """At its default it is the same run, in the same folder; at another value it is another run."""
+    older, defaults = {"inner": {"rate": 0.5}, "size": 4}, {"inner": {"rate": 0.1, "kind": "sum"}, "size": 3}
+    newer = {"inner": {"rate": 0.5, "kind": "sum"}, "size": 4}
+    with RunFolder.open("s", older, root=tmp_path, defaults={"inner": {"rate": 0.1}, "size": 3}) as run:
+        before = run.dir
+    with RunFolder.open("s", newer, root=tmp_path, defaults=defaults) as run:
+        assert run.dir == before and run.resumed
+    other = {"inner": {"rate": 0.5, "kind": "mean"}, "size": 4}
+    with RunFolder.open("s", other, root=tmp_path, defaults=defaults) as run:
+        assert run.dir != before
+    with pytest.raises(UserError, match="inner.kind: 'sum' -> 'mean'"):
+        RunFolder(before, other, "s", defaults=defaults)
+
+
 def test_a_second_interrupt_ends_a_deaf_process_at_once(tmp_path):
     process = start(STOPPABLE, tmp_path / "r", "deaf")
     assert process.stdout.readline() == "open\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import Interrupted, UserError
-from train.runtime.config import did_you_mean, find, load_function, resolve, split_override, to_dict
+from train.runtime.config import defaults_of, did_you_mean, find, load_function, resolve, split_override, to_dict
 from train.runtime.run_folder import RunFolder
 
 SEED = "seed"  # the key of an experiment's config that seeds change
@@ -95,8 +95,8 @@ def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any
 
 
 def _run_trial(trial: Trial, folder: RunFolder, build_report: Callable[[Path, str], Any]) -> None:
-    operational = getattr(trial.config, "operational", ())
-    with folder.stage(trial.folder, to_dict(trial.config), operational=operational) as stage:
+    operational, defaults = getattr(trial.config, "operational", ()), defaults_of(trial.config)
+    with folder.stage(trial.folder, to_dict(trial.config), operational, defaults) as stage:
         if stage.was_complete:
             return
         load_function(trial.config.entry)(trial.config, stage)

@@ -35,8 +35,8 @@ class LanguageModel:
         taps = self._taps(model)
         logits, aux, _ = model.forward(tokens, mask=segments > 0, segments=segments, taps=taps)
         logits = logits.astype(jnp.float32)
-        # Whole rows, the last position masked, and targets picked by comparing: slices and look-ups of logits would cost
-        # a padding and a scatter of their size in the gradient; an argmax on CPU as much as a product.
+        # Whole rows, the last position masked, and targets picked by comparing: slices and look-ups of logits would
+        # cost a padding and a scatter of their size in the gradient; an argmax on CPU as much as a product.
         last = jnp.zeros_like(segments[:, :1])
         targets, following = (jnp.concatenate([a[:, 1:], last], 1) for a in (tokens, segments))
         counts = (following == segments) & (following > 0)

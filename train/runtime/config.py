@@ -159,6 +159,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return to_jsonable_python(config)
 
 
+def defaults_of(config: Any) -> dict[str, Any]:
+    """What the config's class alone says, as plain JSON values; {} for a class that needs arguments."""
+    try:
+        return to_dict(type(config)())
+    except TypeError:
+        return {}
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Eight hex digits that name a resolved config: equal for equal values whatever their order."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

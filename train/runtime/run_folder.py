@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,17 @@ class RunFolder:
     writes = True
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run",
-                 operational: Sequence[str] = ()):
+                 operational: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})):
         """Makes or reopens `directory` for the run `name` of `config` (plain JSON values).
 
         operational: dotted keys that say how a run is carried out (on which mesh, how often it saves), not what it is:
-        a run may be continued with others.
+        a run may be continued with others. defaults: what a key stands for that a run does not have, because it was
+        begun by a version that did not have it either.
         Raises UserError if it cannot be written, is in use, holds another config's run or is not a run folder.
         """
         self.dir = self.shared = Path(directory)
         self.name = name
-        self.config, self._operational = files.plain(dict(config)), tuple(operational)
+        self.config, self._operational, self._defaults = files.plain(dict(config)), tuple(operational), dict(defaults)
         self._stages: list[RunFolder] = []
         self._metrics = self._events = None
         self._lock = _lock(self.dir)
@@ -70,12 +71,12 @@ class RunFolder:
     @classmethod
     def open(
         cls, name: str, config: Mapping[str, Any], out: str | Path | None = None, root: str | Path = "runs",
-        follower: bool = False, operational: Sequence[str] = (),
+        follower: bool = False, operational: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> "RunFolder":
         """``root/name-<hash of config>``, or `out`. follower: one of several processes, and not the first."""
         kind = Follower if follower else cls
-        digest = config_hash(_without(files.plain(dict(config)), operational))
-        return kind(Path(out) if out else Path(root) / f"{name}-{digest}", config, name, operational)
+        digest = _digest(files.plain(dict(config)), operational, defaults)
+        return kind(Path(out) if out else Path(root) / f"{name}-{digest}", config, name, operational, defaults)
 
     # Numbers
 
@@ -134,11 +135,11 @@ class RunFolder:
         """Arrays of ``name.npz``; None if it is absent or (with a warning) damaged: compute it again."""
         return files.load_npz(self.dir / f"{name}.npz")
 
-    def stage(self, name: str, config: Mapping[str, Any] | None = None, operational: Sequence[str] = ()
-              ) -> "RunFolder":
+    def stage(self, name: str, config: Mapping[str, Any] | None = None, operational: Sequence[str] = (),
+              defaults: Mapping[str, Any] = MappingProxyType({})) -> "RunFolder":
         """A run folder inside this one for one stage of a study, closed with it. Use it in a ``with`` block too."""
         config = self.config if config is None else config
-        stage = type(self)(self.dir / name, config, f"{self.name}/{name}", operational)
+        stage = type(self)(self.dir / name, config, f"{self.name}/{name}", operational, defaults)
         stage.shared = self.shared
         self._stages.append(stage)
         return stage
@@ -206,7 +207,8 @@ class RunFolder:
                 raise UserError(f"{self.dir} is not a run folder: it holds {strangers[0]!r}; choose a new folder")
             self._describe()
             return False
-        old, new = (_without(config or {}, self._operational) for config in (before.get("config"), self.config))
+        recorded = _filled(before.get("config") or {}, self._defaults)
+        old, new = (_without(config, self._operational) for config in (recorded, self.config))
         if old != new or before.get("name") != self.name:
             change = _first_difference(old, new) or f"name {before.get('name')!r}"
             raise UserError(f"{self.dir} holds a run of another config ({change}); choose another --out")
@@ -216,7 +218,7 @@ class RunFolder:
 
     def _describe(self) -> None:
         about = {"name": self.name, "config": self.config}
-        about["hash"] = config_hash(_without(self.config, self._operational))
+        about["hash"] = _digest(self.config, self._operational, self._defaults)
         files.write_json(self.dir / CONFIG, about | environment.describe())
 
     def _repair_metrics(self) -> int | None:
@@ -258,7 +260,7 @@ class Follower(RunFolder):
     writes = False
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any], name: str = "run",
-                 operational: Sequence[str] = ()):
+                 operational: Sequence[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})):
         self.dir = self.shared = Path(directory)
         self.name, self.config = name, files.plain(dict(config))
         self.resumed, self._stages = (self.dir / CONFIG).exists(), []
@@ -301,6 +303,33 @@ def _without(config: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -
     """`config` less some dotted keys (a group's name stands for all of its keys)."""
     return {key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
             for key, value in config.items() if f"{prefix}{key}" not in keys}
+
+
+def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the keys of `defaults` that it lacks."""
+    filled = {**defaults, **config}
+    for key in config.keys() & defaults.keys():
+        if isinstance(config[key], Mapping) and isinstance(defaults[key], Mapping):
+            filled[key] = _filled(config[key], defaults[key])
+    return filled
+
+
+def _digest(config: Mapping[str, Any], operational: Sequence[str], defaults: Mapping[str, Any]) -> str:
+    """Hash of what differs from the defaults: a key that a later version adds does not rename older runs."""
+    return config_hash(_unlike(_without(config, operational), defaults))
+
+
+def _unlike(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping):
+            value = _unlike(value, defaults[key])
+            if not value:
+                continue
+        elif key in defaults and defaults[key] == value:
+            continue
+        found[key] = value
+    return found
 
 
 def _lock(directory: Path) -> int:
