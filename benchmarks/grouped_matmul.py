@@ -17,49 +17,47 @@ what the compiler plans for one call besides operands and result.
 import argparse
 import functools
 import gc
-import importlib
-import importlib.util
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks._grouped_peers import (
+    CALLS,
+    FEWEST,
+    LIMIT,
+    MOST,
+    SECONDS,
+    Function,
+    Maker,
+    Skipped,
+    choose,
+    one_line,
+    out_dtype,
+    peers,
+    torch_times,
+)
 from benchmarks._report import check_out, machine, publish
 from benchmarks._shapes import ACCELERATOR, CPU, Point, draw_sizes
 from benchmarks._timing import Samples, take_turns
 from jaxmodels.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMULA = "FLOPs of each product: 2 x rows x inner x columns, each row once"
 PRODUCTS = ("fwd", "dX", "dW")
 COLUMNS = ("point", "rows on experts", "product", "side", "ms", "p10", "p90", "TFLOP/s", "of dense", "of peak",
            "temporary MiB", "note")  # fmt: skip
-LIMIT = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 2e-3}  # relative Frobenius norm, a group (moe_split.md 7)
 # How large those that work on every row with every expert may get: FLOPs, and numbers in memory.
 MOST_FLOPS = {"cpu": 1e12, "gpu": 1e15}
 MOST_NUMBERS = {"cpu": 2**22}
-CALLS = 20  # of a turn on an accelerator
 CACHE = {"gpu": 64 * 2**20, "tpu": 128 * 2**20}  # L2 of an H100: 50 MiB; VMEM of a v5e or v6e: 128 MiB
-SECONDS = {"cpu": 0.8, "gpu": 1.5, "tpu": 1.5}  # for all turns of one side on one product
-FEWEST, MOST = 3, 25  # turns of a side
 SLOW = 0.3  # seconds of a call above which its check is all the warm-up
-
-
-class Skipped(Exception):
-    """Why a side does not run here; becomes the note of its row."""
-
-
-# A side makes its function for a point and a product; several: they are tried, and the fastest takes part.
-Function = Callable[[Any, Any, Any], Any]  # operands and group sizes to the result
-Maker = Callable[[Point, str], Mapping[str, Function]]
 
 
 def main(out: str | None, points: Sequence[str] = (), products: Sequence[str] = PRODUCTS,
@@ -68,14 +66,14 @@ def main(out: str | None, points: Sequence[str] = (), products: Sequence[str] = 
     check_out(out)
     if out is not None and Path(out).suffix == ".html":
         raise UserError(f"--out {out} is where the plot goes; give the JSON file another ending")
-    torch, why_no_torch = _torch(points, products)  # first: jax would take the GPU's memory
+    torch, why_no_torch = torch_times(points, products)  # first: jax would take the GPU's memory
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.92"  # read when jax starts its backend; by default 0.75
     import jax
 
     device = jax.devices()[0]
     about = machine(("torch", "tokamax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")) | _driver()
-    chosen = _choose(CPU if device.platform == "cpu" else ACCELERATOR, points)
+    chosen = choose(CPU if device.platform == "cpu" else ACCELERATOR, points)
     makers, absent = sides(device.platform)
     absent |= {"torch grouped_mm": why_no_torch} if why_no_torch else {}
     rows = []
@@ -110,6 +108,8 @@ def measure(point: Point, makers: Mapping[str, Maker], *, products: Sequence[str
                 running[name] = Side(name, make(point, product), inputs, looped)
             except Skipped as reason:
                 skipped[name] = str(reason)
+            except Exception as error:  # a peer that does not import here
+                skipped[name] = f"fails: {type(error).__name__}: {one_line(error)}"
         for distribution in point.distributions:
             sizes = draw_sizes(distribution, point.layer)
             found += _cell(point, distribution, product, inputs, sizes, running, skipped, seconds, torch or {})
@@ -251,7 +251,7 @@ class Side:
             try:
                 self.variants[label] = function, _compile(function, *self._operands(0), sizes)
             except Exception as error:  # peers raise what they like
-                reasons.append(f"{type(error).__name__}: {_one_line(error)}")
+                reasons.append(f"{type(error).__name__}: {one_line(error)}")
         if not self.variants:
             raise Skipped(f"does not compile: {reasons[0]}")
 
@@ -269,7 +269,7 @@ class Side:
                 del result
                 speed[label] = first if first > SLOW else min(self._seconds(program) for _ in range(2))
             except Exception as error:
-                problems.append(f"fails: {type(error).__name__}: {_one_line(error)}")
+                problems.append(f"fails: {type(error).__name__}: {one_line(error)}")
         if not speed:
             raise Skipped(problems[0])
         label = min(speed, key=speed.__getitem__)
@@ -421,7 +421,6 @@ def _cache_bytes(platform: str) -> int:
 
 def sides(platform: str) -> tuple[dict[str, Maker], dict[str, str]]:
     """Those that may run on this platform, and why others cannot."""
-    import jax
     import jax.numpy as jnp
 
     from jaxmodels.kernels.grouped_matmul import api
@@ -434,23 +433,8 @@ def sides(platform: str) -> tuple[dict[str, Maker], dict[str, str]]:
             makers[name] = functools.partial(_ours, name)
         else:
             absent[name] = reason
-    if platform == "tpu":
-        makers["megablox"] = _megablox
-    if platform == "gpu" and str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9."):
-        makers["jax Hopper sample"] = _hopper_sample
-    for name in {"gpu": ("mosaic", "triton"), "tpu": ("mosaic", "mosaic_tpu_v2")}.get(platform, ()):
-        makers[f"tokamax {name}"] = functools.partial(_tokamax, name)
-    if platform == "cpu":
-        absent |= {"megablox": "only on a TPU", "jax Hopper sample": "only on a GPU of compute capability 9.x",
-                   "tokamax": "on a CPU it calls lax.ragged_dot, which is here as xla"}  # fmt: skip
-    elif importlib.util.find_spec("tokamax") is None:
-        absent |= {"tokamax": "not installed (pip install tokamax)"}
-        makers = {name: make for name, make in makers.items() if not name.startswith("tokamax")}
-    return makers, absent
-
-
-def _out_dtype(point: Point, product: str) -> str:
-    return "float32" if product == "dW" else point.dtype
+    theirs, missing = peers(platform)
+    return makers | theirs, absent | missing
 
 
 def _dense(point: Point, product: str) -> dict[str, Function]:
@@ -458,7 +442,7 @@ def _dense(point: Point, product: str) -> dict[str, Function]:
     import jax
 
     contract = {"fwd": ((1,), (0,)), "dX": ((1,), (1,)), "dW": ((0,), (0,))}[product]
-    dtype = _out_dtype(point, product)
+    dtype = out_dtype(point, product)
     return {"": lambda left, right, sizes: jax.lax.dot_general(
         left, right, (contract, ((), ())), preferred_element_type="float32").astype(dtype)}  # fmt: skip
 
@@ -485,155 +469,7 @@ def _ours(name: str, point: Point, product: str) -> dict[str, Function]:
     return {label: functools.partial(api.grouped_matmul, implementation=name, transpose_w=product == "dX")}
 
 
-def _megablox(point: Point, product: str) -> dict[str, Function]:
-    """jax.experimental.pallas.ops.tpu.megablox with its default tiles and some that are near what people tune to."""
-    backend = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
-    (m, *_), dtype, found = point.shape, _out_dtype(point, product), {}
-    for tiling in ((128, 128, 128), (512, 512, 512), (256, 1024, 1024), (512, 1024, 1024), (512, 2048, 512)):
-        if m % tiling[0] and m % 8:
-            continue
-        tiling = (tiling[0] if m % tiling[0] == 0 else 8, *tiling[1:])
-        if product == "dW":
-            found[f"tiles {tiling}"] = lambda x, dy, sizes, tiling=tiling: backend.tgmm(x.T, dy, sizes, dtype, tiling)
-        else:
-            found[f"tiles {tiling}"] = lambda x, w, sizes, tiling=tiling: backend.gmm(
-                x, w, sizes, dtype, tiling, transpose_rhs=product == "dX")  # fmt: skip
-    if not found:
-        raise Skipped(f"{m} rows are not a multiple of 8")
-    return found
-
-
-def _hopper_sample(point: Point, product: str) -> dict[str, Function]:
-    """jax.experimental.pallas.ops.gpu, with some of the tiles among which its own main() looks for the fastest."""
-    folder, found = "jax.experimental.pallas.ops.gpu", {}
-    try:
-        matmul = importlib.import_module(f"{folder}.ragged_dot_mgpu").ragged_dot
-        outer = importlib.import_module(f"{folder}.transposed_ragged_dot_mgpu").transposed_ragged_dot
-    except ImportError as error:
-        raise Skipped(f"does not import: {error}") from None
-    for rows, columns, band in ((128, 128, 1), (128, 128, 4), (128, 192, 1), (128, 192, 4)):
-        tiles = {"block_m": rows, "block_n": columns, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": band}
-        if product == "dW":
-            function = lambda x, dy, sizes, tiles=tiles: outer(x, dy, group_sizes=sizes, **tiles)  # noqa: E731
-        else:
-            function = lambda x, w, sizes, tiles=tiles: matmul(  # noqa: E731
-                x, w, group_sizes=sizes, transpose_rhs=product == "dX", **tiles)
-        found[f"tiles {rows} x {columns}, band {band}"] = function
-    return found
-
-
-def _tokamax(name: str, point: Point, product: str) -> dict[str, Function]:
-    """tokamax.ragged_dot_general with the configuration that it chooses by itself (its heuristics and its cache)."""
-    import jax
-    import tokamax
-
-    # Lists, as its own constants have them: it tells the three products apart by comparing with those.
-    sides = {"fwd": ([1], [1]), "dX": ([1], [2]), "dW": ([0], [0])}[product]
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(sides, ([], [])), lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[] if product == "dW" else [0])  # fmt: skip
-    dtype = np.dtype(_out_dtype(point, product))
-    return {"": lambda left, right, sizes: tokamax.ragged_dot_general(
-        left, right, sizes, numbers, preferred_element_type=dtype, implementation=name)}  # fmt: skip
-
-
-# PyTorch, in a process of its own
-
-
-def _torch(points: Sequence[str], products: Sequence[str]) -> tuple[dict[tuple[str, str, str], dict], str | None]:
-    """By (point, distribution, product): times, or a note that says why not; or why there is none of it."""
-    if importlib.util.find_spec("torch") is None:
-        return {}, "PyTorch is not installed here"
-    if shutil.which("nvidia-smi") is None and not Path("/dev/kfd").exists():
-        return {}, "this machine has no GPU for PyTorch"
-    try:
-        chosen = _choose(ACCELERATOR, points)
-    except UserError:  # names of points of a CPU
-        return {}, "no such point"
-    cases = [{"key": [point.name, distribution, product], "shape": point.shape, "dtype": point.dtype,
-              "sizes": draw_sizes(distribution, point.layer).tolist()}
-             for point in chosen for distribution in point.distributions for product in products]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.grouped_matmul", "--torch"], input=json.dumps(cases),
-                          capture_output=True, text=True, env=environment, check=False, timeout=3600)  # fmt: skip
-    if done.returncode:
-        return {}, f"its process failed: {done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else ''}"
-    found = json.loads(done.stdout.splitlines()[-1])
-    return ({}, found) if isinstance(found, str) else ({tuple(one.pop("key")): one for one in found}, None)
-
-
-def torch_cases(cases: list[dict], device: str = "cuda") -> str | Iterator[dict]:
-    """What each case took, as `_torch` hands it on; why nothing runs, where nothing does."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        return "this PyTorch has no GPU to run on"
-    product_of = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if product_of is None:
-        return f"torch {torch.__version__} has no grouped_mm"
-    return (_torch_case(torch, product_of, case, device) for case in cases)
-
-
-def _torch_case(torch: Any, product_of: Any, case: dict, device: str) -> dict[str, Any]:
-    (m, k, n, groups), product = case["shape"], case["key"][2]
-    options = {"device": device, "dtype": getattr(torch, case["dtype"])}
-    try:
-        sizes = torch.tensor(case["sizes"])
-        ends = torch.cumsum(sizes, 0).to(device, torch.int32)
-        left = torch.randn(m, n if product == "dX" else k, **options)
-        right = torch.randn(*((m, n) if product == "dW" else (groups, k, n)), **options)
-        one = right if product == "dW" else right[0].clone()
-        if product == "fwd":
-            functions = {"grouped": lambda: product_of(left, right, offs=ends), "dense": lambda: left @ one}
-        elif product == "dX":
-            functions = {"grouped": lambda: product_of(left, right.transpose(-2, -1), offs=ends),
-                         "dense": lambda: left @ one.T}  # fmt: skip
-        else:
-            functions = {"grouped": lambda: product_of(left.T, right, offs=ends), "dense": lambda: left.T @ one}
-        result, group = functions["grouped"](), int(sizes.argmax())
-        stop = int(sizes[: group + 1].sum())
-        rows = slice(stop - int(sizes[group]), stop)
-        if product == "dW":
-            found, wanted = result[group, :16].double(), left[rows, :16].double().T @ right[rows].double()
-        else:
-            matrix = right[group].double()
-            found = result[rows][:8].double()
-            wanted = left[rows][:8].double() @ (matrix.T if product == "dX" else matrix)
-        wrong = float((found - wanted).norm() / wanted.norm())
-        if not wrong <= LIMIT[case["dtype"]]:
-            return {"key": case["key"], "note": f"wrong: differs from float64 by {wrong:.1e}"}
-        wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-        def turn(function: Callable[[], Any], calls: int) -> Callable[[], None]:
-            def run() -> None:
-                for _ in range(calls):
-                    function()
-                wait()
-
-            return run
-
-        calls = CALLS if device == "cuda" else 1
-        once = take_turns({name: turn(function, 1) for name, function in functions.items()}, 1, warmup=2)
-        slowest = max(one.median for one in once.values()) * calls
-        repeats = min(max(int(SECONDS["gpu"] / slowest), FEWEST), MOST)
-        samples = take_turns({name: turn(function, calls) for name, function in functions.items()}, repeats)
-        summary = {key: value if key in ("repeats", "elsewhere") else value / calls
-                   for key, value in samples["grouped"].summary().items()}  # fmt: skip
-        note = f"own process; writes {str(result.dtype).removeprefix('torch.')}"
-        return {"key": case["key"], "samples": summary, "dense_median_s": samples["dense"].median / calls, "note": note}
-    except (RuntimeError, ValueError, TypeError) as error:
-        return {"key": case["key"], "note": f"fails: {_one_line(error)}"}
-
-
 # What is told
-
-
-def _choose(points: Sequence[Point], names: Sequence[str]) -> list[Point]:
-    known = {point.name: point for point in points}
-    for name in names:
-        if name not in known:
-            raise UserError(f"point {name!r} is unknown on this device; choose from {', '.join(known)}")
-    return [known[name] for name in names] if names else list(points)
 
 
 def _notes(rows: list[dict], absent: dict[str, str]) -> list[str]:
@@ -708,27 +544,17 @@ def _plot(rows: list[dict], notes: list[str], about: dict[str, Any], path: Path)
     report.save(path)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="a JSON file; a page with a plot goes beside it")
     parser.add_argument("--points", nargs="+", default=(), help="names in the table's first column; default: all")
     parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
     parser.add_argument("--seconds", type=float, help="for all turns of one side on one product")
-    parser.add_argument("--torch", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    arguments = vars(_parse())
-    if arguments.pop("torch"):
-        found = torch_cases(json.load(sys.stdin))
-        print(json.dumps(found if isinstance(found, str) else list(found)))
-        sys.exit(0)
     try:
-        main(**arguments)
+        main(**vars(_parse()))
     except UserError as error:
         sys.exit(str(error))

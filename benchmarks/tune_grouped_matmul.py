@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks._grouped_peers import choose, one_line
 from benchmarks._report import check_out, machine, publish
 from benchmarks._shapes import ACCELERATOR, CPU, Point
-from benchmarks.grouped_matmul import PRODUCTS, _choose, _driver, _one_line
+from benchmarks.grouped_matmul import PRODUCTS, _driver
 from jaxmodels.errors import UserError
 
 COLUMNS = ("point", "product", "implementation", "config", "even ms", "zipf ms", "default even ms", "default zipf ms",
@@ -32,7 +33,7 @@ def main(out: str | None, points: Sequence[str] = (), products: Sequence[str] = 
     from jaxmodels.kernels.grouped_matmul import api, tuning
 
     on_cpu = jax.default_backend() == "cpu"
-    chosen = _choose(CPU if on_cpu else ACCELERATOR, points)
+    chosen = choose(CPU if on_cpu else ACCELERATOR, points)
     names = [name for name, one in api._IMPLEMENTATIONS.items()
              if one.takes_config and one.unfit((8, 64), 1, jnp.dtype(jnp.bfloat16)) is None]  # fmt: skip
     if not names:
@@ -64,7 +65,7 @@ def tune(point: Point, implementation: str, product: str, repeats: int) -> tuple
     try:
         found = tuning.tune(product, m, inner, columns, groups, point.dtype, implementation, repeats=repeats)
     except Exception as error:  # out of memory, a compiler's limit: the other points still count
-        return None, row | {"note": f"not tuned: {type(error).__name__}: {_one_line(error)}"}
+        return None, row | {"note": f"not tuned: {type(error).__name__}: {one_line(error)}"}
     row |= {f"{kind} ms": ms for kind, ms in found.ms.items()}
     row |= {f"default {kind} ms": ms for kind, ms in found.default_ms.items()}
     note = f"{len(found.discarded)} discarded: {next(iter(found.discarded.values()))}" if found.discarded else ""

@@ -1,15 +1,18 @@
 """The benchmark of the grouped products at a toy size: distributions, rows, what is wrong is told and not timed."""
 
 import dataclasses
+import importlib
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _shapes, grouped_matmul, tune_grouped_matmul
+from benchmarks import _grouped_peers, _shapes, grouped_matmul, tune_grouped_matmul
 from benchmarks._shapes import Layer, Point
 from jaxmodels.errors import UserError
 from jaxmodels.kernels.grouped_matmul import native, tuning, xla
@@ -89,13 +92,15 @@ def test_measure(looped, products):
     """A row for each side, distribution and product, with every column; the wrong and the broken are told once."""
     makers = {name: lambda point, product, name=name: grouped_matmul._ours(name, point, product)
               for name in ("cpu", "xla")}  # fmt: skip
-    makers |= {"empty": wrong_when_empty, "drops": drops_the_last, "broken": broken, "variants": variants}
+    makers |= {"empty": wrong_when_empty, "drops": drops_the_last, "broken": broken, "variants": variants,
+               "absent": lambda point, product: importlib.import_module("no_such_peer")}
     rows = grouped_matmul.measure(POINT, makers, products=products, looped=looped, **QUICK)
     timed = {(row["rows on experts"], row["product"], row["side"]): row for row in rows if "samples" in row}
     notes = {row["side"]: row for row in rows if "samples" not in row and row["note"] != "only forward"}
     sides = {side for _, _, side in timed}
     assert sides == {"dense", "cpu", "xla", "empty", "variants"}
-    assert notes.keys() == {"empty", "broken"} | ({"drops"} if "fwd" in products else set())
+    assert notes["absent"]["note"] == "fails: ModuleNotFoundError: No module named 'no_such_peer'"
+    assert notes.keys() == {"empty", "broken", "absent"} | ({"drops"} if "fwd" in products else set())
     assert len(timed) == 5 * 2 * len(products) - 1
     for (_, product, side), row in timed.items():
         assert row.keys() >= set(grouped_matmul.COLUMNS) and row["p10"] <= row["ms"] <= row["p90"]
@@ -174,7 +179,7 @@ def test_what_is_not_worth_running_says_so():
     with pytest.raises(grouped_matmul.Skipped, match="are 75,497,472 numbers"):
         grouped_matmul._ours("reference", _shapes.CPU[1], "fwd")
     with pytest.raises(UserError, match="'E=65' is unknown on this device; choose from E=64 top-4"):
-        grouped_matmul._choose(_shapes.CPU, ["E=65"])
+        grouped_matmul.choose(_shapes.CPU, ["E=65"])
     with pytest.raises(UserError, match="where the plot goes"):
         grouped_matmul.main("x.html")
 
@@ -198,13 +203,16 @@ def test_the_whole(tmp_path, monkeypatch, capsys):
 @pytest.mark.torch
 def test_pytorch_does_the_same_work():
     torch = pytest.importorskip("torch")
-    assert isinstance(grouped_matmul.torch_cases([]), str) or torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, "-m", "benchmarks._grouped_peers"], input="[]", capture_output=True,
+                              text=True, cwd=_grouped_peers.ROOT, check=True)  # fmt: skip
+        assert json.loads(done.stdout) == "this PyTorch has no GPU to run on"
     if not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("this PyTorch has no grouped_mm")
     layer = Layer("toy", 32, 16, 4, 2, 32)
     cases = [{"key": ["toy", "zipf", product], "shape": Point(layer).shape, "dtype": "bfloat16",
               "sizes": _shapes.draw_sizes("zipf", layer).tolist()} for product in grouped_matmul.PRODUCTS]  # fmt: skip
-    for found in grouped_matmul.torch_cases(cases, device="cpu"):
+    for found in _grouped_peers.torch_cases(cases, device="cpu"):
         assert found.get("samples"), found["note"]
         assert found["dense_median_s"] > 0 and found["note"] == "own process; writes bfloat16"
     rows = grouped_matmul.measure(Point(layer, distributions=("zipf",)), {}, products=("fwd",), **QUICK,
