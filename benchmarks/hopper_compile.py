@@ -30,26 +30,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks._report import check_out, machine, publish
+from benchmarks._shapes import LAYERS, Point, decode
 from jaxmodels.errors import UserError
 from jaxmodels.kernels.grouped_matmul import hopper
 
-SHAPES = {  # M, K, N, G
-    "mixtral-8x7b": (16_384, 4096, 14_336, 8),
-    "mixtral-8x7b down": (16_384, 14_336, 4096, 8),
-    "deepseek-v3": (131_072, 7168, 2048, 256),
-    "deepseek-v3 down": (131_072, 2048, 7168, 256),
-    "deepseek-v3 large": (524_288, 7168, 2048, 256),
-    "qwen3-30b-a3b": (131_072, 2048, 768, 128),
-    "qwen3-235b-a22b": (131_072, 4096, 1536, 128),
-    "olmoe-1b-7b": (131_072, 2048, 1024, 64),
-    "gpt-oss-120b": (65_536, 2880, 2880, 128),
-    "gpt-oss-20b": (65_536, 2880, 2880, 32),
-    "sonicmoe": (2_097_152, 4096, 768, 128),
-    "moe-split llama-2-7b": (69_632, 4096, 128, 86),
-    "decode 1": (8, 4096, 1536, 128),
-    "decode 16": (128, 4096, 1536, 128),
-    "decode 128": (1024, 4096, 1536, 128),
-}
+POINTS = [
+    *(Point(layer) for layer in LAYERS.values()),
+    *(Point(LAYERS[name], "down") for name in ("Mixtral-8x7B", "DeepSeek-V3")),
+    *(Point(decode("Qwen3-235B-A22B", tokens)) for tokens in (1, 16, 128)),
+]
+SHAPES = {point.name: point.shape for point in POINTS}  # M, K, N, G
 PRODUCTS = ("forward", "dx", "dw")
 COLUMNS = ("shape", "product", "tile", "stages", "lowered", "compiled", "shared bytes", "registers", "spill bytes",
            "side bytes", "seconds")  # fmt: skip

@@ -22,20 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._report import check_out, machine, publish
+from benchmarks._shapes import LAYERS, Point
 from jaxmodels.errors import UserError
 
-SHAPES = {  # d, ff, experts, rows
-    "Mixtral-8x7B": (4096, 14336, 8, 16_384),
-    "DeepSeek-V3": (7168, 2048, 256, 131_072),
-    "DeepSeek-V3 large": (7168, 2048, 256, 524_288),
-    "Qwen3-30B-A3B": (2048, 768, 128, 131_072),
-    "Qwen3-235B-A22B": (4096, 1536, 128, 131_072),
-    "OLMoE-1B-7B": (2048, 1024, 64, 131_072),
-    "gpt-oss-120b": (2880, 2880, 128, 65_536),
-    "gpt-oss-20b": (2880, 2880, 32, 65_536),
-    "SonicMoE point": (4096, 768, 128, 2_097_152),
-    "MoE-split LLaMA-2-7B": (4096, 128, 86, 4096 * 22),
-}
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 PRODUCTS = ("fwd", "dX", "dW")
 COLUMNS = ("shape", "matrix", "product", "chip", "compiled", "part", "vmem_mib", "blocks_mib", "limit_mib",
@@ -44,7 +33,7 @@ _ALLOCATION = re.compile(r"#allocation\w+ \[shape = '[^']*', space=vmem, size = 
 _MIB = 2**20
 
 
-def main(out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(SHAPES), products=PRODUCTS) -> list[dict]:
+def main(out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(LAYERS), products=PRODUCTS) -> list[dict]:
     """Compiles, prints a table, and writes `out`."""
     check_out(out)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,8 +56,7 @@ def main(out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(SHA
 
 def compile_product(device: Any, shape: str, matrix: str, product: str, dumps: Path) -> dict[str, Any]:
     """One program for one chip, or for its eighth where it does not fit, and what the compiler tells of it."""
-    width, hidden, experts, rows = SHAPES[shape]
-    inner, columns = (width, hidden) if matrix == "gate/up" else (hidden, width)
+    rows, inner, columns, experts = Point(LAYERS[shape], matrix).shape
     found = _compile(device, rows, inner, columns, experts, product, dumps)
     if "memory of the chip" in found.get("why", ""):
         found = _compile(device, rows // 8, inner, columns, -(-experts // 8), product, dumps) | {"part": "1/8"}
@@ -162,7 +150,7 @@ def _device(generation: str) -> Any:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
-    for option, choices in (("generations", TOPOLOGIES), ("shapes", SHAPES), ("products", PRODUCTS)):
+    for option, choices in (("generations", TOPOLOGIES), ("shapes", LAYERS), ("products", PRODUCTS)):
         parser.add_argument(f"--{option}", nargs="+", default=tuple(choices), choices=tuple(choices))
     try:
         main(**vars(parser.parse_args()))

@@ -359,3 +359,25 @@ def test_a_kernel_proves_itself_before_it_is_the_default(monkeypatch):
     finally:
         for cached in (api._wrong, api._fall_back, api._tell):
             cached.cache_clear()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", pytest.param("native", marks=needs_compiler)])
+@pytest.mark.parametrize(("sizes", "k", "n"), [
+    ((191, 192, 193, 0, 1), 385, 65),  # chunks of rows, a panel's depth and width, one more and one less
+    ((5, 6, 7, 11, 13), 384, 64),
+    ((37, 0, 41), 200, 200),
+    ((4, 3), 8, 2880),
+])
+def test_at_the_edges_of_tiles(implementation, sizes, k, n):
+    rng = np.random.default_rng(17)
+    rows = sum(sizes) + 9
+    x, w, dy = draw(rng, rows, k, n, len(sizes))
+    got = products(implementation)(x.at[-9:].set(jnp.nan), w, dy.at[-9:].set(jnp.nan), jnp.asarray(sizes, jnp.int32))
+    expected = numpy_products(x, w, dy, np.array(sizes))
+    for value, wanted in zip(got, expected, strict=True):
+        close(value, wanted)
+    ends = np.cumsum(sizes)
+    for e, (start, stop) in enumerate(zip(ends - sizes, ends, strict=True)):  # and no group hides behind the others
+        for value, wanted in (*((got[i][start:stop], expected[i][start:stop]) for i in (0, 1)),
+                              (got[2][e], expected[2][e])):
+            close(value, wanted)

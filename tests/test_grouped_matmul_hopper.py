@@ -234,7 +234,7 @@ def test_wide_tiles_and_several_bands(interpreted):
     close(grouped_outer(x, dy, int32(sizes), **common), dw, 2e-6)
 
 
-FEW = ("deepseek-v3", "gpt-oss-20b")
+FEW = ("DeepSeek-V3", "gpt-oss-20b")
 
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.long) for n in SHAPES])
@@ -337,7 +337,7 @@ def test_compiles_for_sm_90a():
         pytest.skip('the CUDA plug-in is not installed (pip install "jax[cuda13]", 4.6 GB)')
     root = Path(__file__).resolve().parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    command = [sys.executable, "-m", "benchmarks.hopper_compile", "--shapes", "deepseek-v3,decode 16"]
+    command = [sys.executable, "-m", "benchmarks.hopper_compile", "--shapes", "DeepSeek-V3,Qwen3-235B-A22B T=16"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("  compiled  230400 ") == 6 and "failed" not in done.stdout, done.stdout

@@ -257,6 +257,7 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
         ),
+        cost_estimate=_cost(rows, inner, columns, w.size * w.dtype.itemsize, x.dtype, out_dtype),
         interpret=interpret,
         name="grouped_matmul_transposed" if transpose_w else "grouped_matmul",
     )(*visits[1:], x, w)
@@ -331,9 +332,17 @@ def _outer(x, dy, group_sizes, out_dtype, config, limit, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit
         ),
+        cost_estimate=_cost(rows, inner, columns, groups * inner * columns * out_dtype.itemsize, x.dtype, dy.dtype),
         interpret=interpret,
         name="grouped_outer",
     )(*visits[1:], x, dy)
+
+
+def _cost(rows: int, inner: int, columns: int, matrices: int, left: Any, right: Any):
+    """What XLA is to count for a product: every row once, every operand read and every result written once. It plans
+    what runs beside the kernel by it, and `jaxmodels compile` estimates a step."""
+    moved = rows * (inner * jnp.dtype(left).itemsize + columns * jnp.dtype(right).itemsize) + matrices
+    return _pallas()[0].CostEstimate(flops=2 * rows * inner * columns, transcendentals=0, bytes_accessed=moved)
 
 
 def _pieces(low, high, rows: int, align: int, piece: int):
