@@ -201,6 +201,7 @@ def test_the_whole(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.torch
+@pytest.mark.long
 def test_pytorch_does_the_same_work():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
@@ -220,6 +221,7 @@ def test_pytorch_does_the_same_work():
     assert [row["side"] for row in rows] == ["dense", "torch grouped_mm"] and rows[1]["of dense"] > 0
 
 
+@pytest.mark.long
 def test_the_tuning_command(tmp_path, monkeypatch, capsys):
     """Times two candidates, records them for later calls, and goes on where one point cannot be tuned."""
     monkeypatch.setattr(tables, "cache_folder", lambda: tmp_path)
