@@ -100,6 +100,7 @@ def test_the_same_command_reuses_everything(inputs, undisturbed):
     assert comparable(again) == comparable(results)
 
 
+@pytest.mark.long
 def test_killed_and_interrupted_runs_end_with_the_same_numbers(inputs, undisturbed, tmp_path):
     """kill -9 and Ctrl-C at several points of a real process; the last call finishes."""
     whole, results = undisturbed

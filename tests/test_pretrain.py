@@ -36,7 +36,7 @@ def start(*arguments):
                           text=True, timeout=300)
 
 
-@pytest.fixture(scope="module", params=["lm_dense_pretrain", "lm_moe_pretrain"])
+@pytest.fixture(scope="module", params=[pytest.param("lm_dense_pretrain", marks=pytest.mark.long), "lm_moe_pretrain"])
 def run(request, tmp_path_factory):
     """A tiny run over folders of text that anybody can read in a glance; no TensorFlow in the whole of it."""
     text = tmp_path_factory.mktemp("text")
@@ -105,6 +105,7 @@ def test_transformers_loads_the_dense_model(run):
     np.testing.assert_allclose(got, want, atol=2e-4 * want.std())
 
 
+@pytest.mark.long
 def test_dispatching_the_state_costs_little():
     """Calling the step on its nested dict takes at most 3 times what the same leaves in one flat list take.
 

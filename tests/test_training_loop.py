@@ -140,6 +140,7 @@ def test_too_many_of_them_end_the_run(tmp_path):
     assert named == {str(step): batches.global_ids(step - 1).tolist() for step in (7, 8, 9)}
 
 
+@pytest.mark.long
 def test_accumulation_and_styles_run_in_the_loop(tmp_path):
     losses, ways = {}, {"plain": {}, "micro": {"loop__accumulate": 2}, "per_device": {"loop__style": "per_device"}}
     for name, values in ways.items():

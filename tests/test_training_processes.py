@@ -296,6 +296,7 @@ def test_changed_data_and_seed(cache, tmp_path):
     assert committed(out) == before
 
 
+@pytest.mark.long
 def test_a_file_that_is_not_text(cache, tmp_path):
     """It is left out, counted and named: replaced characters would be learned."""
     for name in ("a", "b"):
