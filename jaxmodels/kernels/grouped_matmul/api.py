@@ -124,7 +124,7 @@ def grouped_outer(
 # The choice is made for each product on its own: the gradient in x of a product that narrows is one that widens.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _matmul(transpose_w, out_dtype, names, config, x, w, group_sizes):
-    here = _on_cpu(x, w.shape[1 if transpose_w else 2], group_sizes.shape[0], outer=False)
+    here = functools.partial(_on_cpu, x, w.shape[1 if transpose_w else 2], group_sizes.shape[0], outer=False)
     return _run("matmul", names, here, config, x, w, group_sizes, transpose_w=transpose_w, out_dtype=out_dtype)
 
 
@@ -145,7 +145,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _outer(out_dtype, names, config, x, dy, group_sizes):
-    here = _on_cpu(x, dy.shape[1], group_sizes.shape[0], outer=True)
+    here = functools.partial(_on_cpu, x, dy.shape[1], group_sizes.shape[0], outer=True)
     return _run("outer", names, here, config, x, dy, group_sizes, out_dtype=out_dtype)
 
 
@@ -188,6 +188,7 @@ def _run(product, names, here, config, left, right, group_sizes, **keywords):
 
     if names is not None:
         return by(_choose(names, left, group_sizes))(left, right, group_sizes)
+    here = here()  # not before: it may compile `native`, which who names another implementation does not want
     platform = jax.default_backend()
     elsewhere = {kind: by(_on_accelerator(kind, left, group_sizes)) for kind in {platform, *_targets} - {"cpu"}}
     if not elsewhere:
