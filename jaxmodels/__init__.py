@@ -15,6 +15,7 @@ _PUBLIC = {
     "load": "jaxmodels.hub.models", "save": "jaxmodels.hub.models",
     "split": "jaxmodels.experts.models", "prune": "jaxmodels.experts.models",
     "Taps": "jaxmodels.taps", "Decoder": "jaxmodels.decoder.model", "DecoderConfig": "jaxmodels.decoder.config",
+    "Esm": "jaxmodels.esm.model", "EsmConfig": "jaxmodels.esm.config",
     "UserError": "jaxmodels.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxmodels.decoder.config import DecoderConfig
 from jaxmodels.errors import UserError
 from jaxmodels.experts.module import Experts
-from jaxmodels.layers.attention import NO_WINDOW, Attention, Context
+from jaxmodels.layers import stack
+from jaxmodels.layers.attention import Attention, Context
 from jaxmodels.layers.axes import constrain
 from jaxmodels.layers.mlp import MLP
 from jaxmodels.layers.norms import RMSNorm
@@ -87,7 +88,9 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.embed = param(rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), std=0.02, dtype=cfg.param_dtype)
-        self.groups = nnx.List([_stack(cfg, start, stop, rngs) for start, stop in cfg.groups])
+        self.groups = nnx.List([
+            stack.stack(lambda rngs, i=start: Block(cfg, i, rngs=rngs), stop - start, rngs)
+            for start, stop in cfg.groups])
         self.norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, dtype=cfg.param_dtype, rngs=rngs)
         self.head = None if cfg.tied else param(
             rngs, (cfg.d_model, cfg.vocab_size), ("embed", "vocab"), std=cfg.d_model ** -0.5, dtype=cfg.param_dtype)
@@ -125,32 +128,19 @@ class Decoder(nnx.Module):
             raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; a batch of rows is needed: int32[B, T]")
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         context, cache = make_context(cfg, mask, positions, segments, cache)
-        probe = _edge_probe(taps, mask)
+        probe = stack.embedding_probe(taps, mask)
         x = probe("embedding", self.embed[...][tokens].astype(cfg.dtype))
-        recorded, keys, values = [], [], []
-        for i, (start, stop) in enumerate(cfg.groups):
-            group_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, out, group_cache = _run_group(self.groups[i], cfg, start, stop, x, context, taps, mask, group_cache)
-            recorded.append(out)
-            if cache is not None:
-                keys.append(group_cache[0])
-                values.append(group_cache[1])
-        aux = _gather(recorded, cfg)
-        final = _last_residual_probe(taps, mask, cfg.num_layers)
-        x = final("residual", x)
-        if "residual" in final.out:
-            aux["residual"] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux["residual"],
-                                           final.out["residual"])
+        caches = None if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        x, aux, caches = stack.run(self.groups, cfg, x, context, taps, mask, caches)
         aux.update(probe.out)
         if cache is not None:
-            cache = dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+            keys, values = zip(*caches, strict=True)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
         return self._logits(x, logits), aux, cache
 
     def block(self, layer: int) -> Block:
         """One layer as a module of its own, for callers that walk through the depth (layer by layer repair)."""
-        group = next(g for g, (start, stop) in enumerate(self.cfg.groups) if start <= layer < stop)
-        graphdef, params = nnx.split(self.groups[group])
-        return nnx.merge(graphdef, jax.tree.map(lambda a: a[layer - self.cfg.groups[group][0]], params))
+        return stack.layer_of(self.groups, self.cfg, layer)
 
     def _logits(self, x, which):
         if which == "none":
@@ -171,43 +161,6 @@ def _run(graphdef, state, tokens, mask, positions, segments, taps, logits):
     model = nnx.merge(graphdef, state)
     out, aux, _ = model.forward(tokens, mask=mask, positions=positions, segments=segments, taps=taps, logits=logits)
     return out, aux
-
-
-def _stack(cfg: DecoderConfig, start: int, stop: int, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=stop - start)
-    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-    def build(rngs):
-        return Block(cfg, start, rngs=rngs)
-
-    return build(rngs)
-
-
-def _run_group(group: Block, cfg, start, stop, x, context, taps, mask, cache):
-    """Runs layers start..stop-1: a scan over the stacked parameters, or one layer."""
-    graphdef, params = nnx.split(group)
-    windows = None
-    if context.distance is not None:
-        windows = jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows[start:stop]], jnp.int32)
-    taps = _inner(taps).layers(start, stop)
-    width, widest = cfg.ffn_widths[start], max(cfg.ffn_widths)
-
-    def layer(x, sliced):
-        (params, taps, window), cache = sliced
-        probe = taps.probe(mask, width, widest)
-        x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
-        return x, (probe.out, cache)
-
-    if cfg.remat != "none":
-        # prevent_cse: inside a scan nothing can undo the recomputation, and the barriers would only cost
-        policy = getattr(jax.checkpoint_policies, cfg.remat)
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=stop - start == 1)
-    stacked = (params, taps, windows)
-    if stop - start == 1:
-        x, (out, cache) = layer(x, (jax.tree.map(lambda a: a[0], stacked), cache))
-        out = jax.tree.map(lambda a: a[None], out)
-    else:
-        x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache))
-    return x, out, cache
 
 
 def make_context(cfg: DecoderConfig, mask, positions=None, segments=None, cache=None):
@@ -249,47 +202,3 @@ def _check_taps(taps: Taps, cfg: DecoderConfig) -> None:
     if inside and len({cfg.has_experts(i) for i in range(cfg.num_layers)}) > 1:
         raise UserError(f"tap {inside[0]!r} is [B, T, F] in the dense layers of this model and [B, T, E, s] in its "
                         "expert layers, which do not stack; tap 'ffn.output' instead")
-
-
-def _select(taps: Taps, keep) -> Taps:
-    return Taps(record=tuple(n for n in taps.record if keep(n)),
-                **{kind: {n: e for n, e in getattr(taps, kind).items() if keep(n)}
-                   for kind in ("reduce", "scale", "add", "mask")})
-
-
-def _inner(taps: Taps) -> Taps:
-    return _select(taps, lambda name: name != "embedding")
-
-
-def _edge_probe(taps: Taps, mask) -> Probe:
-    return _select(taps, lambda name: name == "embedding").probe(mask)
-
-
-def _last_residual_probe(taps: Taps, mask, num_layers: int) -> Probe:
-    """The residual point has L + 1 entries: the input of every layer, then what the final norm reads."""
-    last = _select(taps, lambda name: name == "residual")
-    last = jax.tree.map(lambda a: a[-1] if jnp.ndim(a) else a, last)
-    return last.probe(mask)
-
-
-def _gather(recorded, cfg: DecoderConfig):
-    """Joins the groups' recordings along the layer axis, zero-padded to the widest, with ``ffn.width`` beside.
-
-    Zero in layers that lack a point: ``router.logits`` of the dense layers among expert layers.
-    """
-    def join(*parts):
-        width = max(p.shape[-1] for p in parts) if parts[0].ndim > 1 else 0
-        parts = [p if p.ndim == 1 or p.shape[-1] == width
-                 else jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])]) for p in parts]
-        return jnp.concatenate(parts)
-
-    aux = {}
-    for name in dict.fromkeys(n for out in recorded for n in out):
-        some = next(out[name] for out in recorded if name in out)
-        parts = [out[name] if name in out else
-                 jax.tree.map(lambda a, n=stop - start: jnp.zeros((n, *a.shape[1:]), a.dtype), some)
-                 for out, (start, stop) in zip(recorded, cfg.groups, strict=True)]
-        aux[name] = jax.tree.map(join, *parts)
-    if len(set(cfg.ffn_widths)) > 1 and any(name.startswith("ffn.") for name in aux):
-        aux["ffn.width"] = jnp.asarray(cfg.ffn_widths, jnp.int32)
-    return aux

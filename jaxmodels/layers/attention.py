@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with rotary positions, QK-norm, sliding windows and a key-value cache."""
+"""Grouped-query attention, causal or not, with rotary positions, QK-norm, sliding windows and a key-value cache."""
 
 import dataclasses
 import functools
@@ -23,14 +23,15 @@ _BLOCK = 128       # queries at once on CPU: their scores stay in the cache, and
 class Context:
     """What all layers share: who may look at whom.
 
-    rotation: cos and sin of the queries' positions, float32[B, T, 1, H/2] each. allowed: bool[B, T, S], causality,
-    padding and segments together. distance: int32[B, T, S] from key to query, or None if no layer has a window.
+    rotation: cos and sin of the queries' positions, float32[B, T, 1, H/2] each, or None where positions do not turn.
+    allowed: bool[B, T, S], causality, padding and segments together; [B, 1, S] where all queries see the same keys.
+    distance: int32[B, T, S] from key to query, or None if no layer has a window.
     write_at: where this call's keys go in the cache.
     """
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None
     allowed: jax.Array
-    distance: jax.Array | None
+    distance: jax.Array | None = None
     write_at: jax.Array | None = None
 
 
@@ -39,8 +40,8 @@ class Attention(nnx.Module):
 
     def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, *,
                  qkv_bias: bool = False, out_bias: bool = False, qk_norm: str | None = None, norm_eps: float = 1e-6,
-                 clip: float | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.qk_norm, self.clip = qk_norm, clip
+                 clip: float | None = None, causal: bool = True, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.qk_norm, self.clip, self.causal = qk_norm, clip, causal
         w = functools.partial(param, rngs, dtype=dtype)
         self.query = w((d_model, num_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
         self.key = w((d_model, num_kv_heads, head_dim), ("embed", "heads", None), std=d_model ** -0.5)
@@ -66,7 +67,8 @@ class Attention(nnx.Module):
             q, k = self._normalise(q, self.query_norm), self._normalise(k, self.key_norm)
         if self.clip is not None:
             q, k, v = (jnp.clip(a, -self.clip, self.clip) for a in (q, k, v))
-        q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             cache = tuple(_write(old, new, context.write_at) for old, new in zip(cache, (k, v), strict=True))
@@ -74,7 +76,7 @@ class Attention(nnx.Module):
         allowed = context.allowed
         if window is not None:
             allowed &= context.distance < window
-        y = attend(q, k, v, allowed, probe)
+        y = attend(q, k, v, allowed, probe, self.causal)
         # One contracted axis: with two of them (N and H) XLA transposes both factors in every call.
         bias = None if self.out_bias is None else self.out_bias[...]
         y = linear(y.reshape(*x.shape[:2], -1), self.out[...].reshape(-1, x.shape[-1]), bias)
@@ -91,16 +93,19 @@ class Attention(nnx.Module):
         return flat.reshape(x.shape)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: Probe) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: Probe,
+           causal: bool = True) -> jax.Array:
     """softmax(q·k / √H)·v. q [B, T, N, H], k and v [B, K, S, H], allowed bool[B, T, S] -> [B, T, N, H].
 
-    ``allowed`` must be causal: key slot s may be seen from query slot t <= s only, the queries being T neighbours.
-    Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key head, block of queries) at a time: the
-    scores of all heads at once leave the cache and cost several times more.
+    causal: ``allowed`` lets query slot t see key slots s <= t only, the queries being T neighbours; the others are then
+    not even read.
+    ``allowed`` may be [B, 1, S]. Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key head,
+    block of queries) at a time: the scores of all heads at once leave the cache and cost several times more.
     """
     if probe.wants("attention.probability") or q.shape[1] == 1:
         return _attend_plain(q, k, v, allowed, probe)
-    return jax.lax.platform_dependent(q, k, v, allowed, cpu=_attend_by_head, default=_attend_fused)
+    by_head = functools.partial(_attend_by_head, causal=causal)
+    return jax.lax.platform_dependent(q, k, v, allowed, cpu=by_head, default=_attend_fused)
 
 
 def _write(cache, new, at):
@@ -132,7 +137,7 @@ def _attend_plain(q, k, v, allowed, probe):
     return _by_token(jnp.einsum("xgts,xsh->xgth", p.astype(v.dtype), v), B)
 
 
-def _attend_by_head(q, k, v, allowed):
+def _attend_by_head(q, k, v, allowed, causal):
     B, T, _, H = q.shape
     K, S = k.shape[1:3]
     q, k, v = _by_key_head(q, k, v)
@@ -141,9 +146,11 @@ def _attend_by_head(q, k, v, allowed):
         return jnp.concatenate([block(i, start, min(start + _BLOCK, T)) for start in range(0, T, _BLOCK)], axis=1)
 
     def block(i, start, stop):
-        seen = S - T + stop  # query t is written at slot S - T + t at the latest, and later keys are not allowed
+        # Query t is written at slot S - T + t at the latest, and later keys are not allowed.
+        seen = S - T + stop if causal else S
+        row = allowed[i // K] if allowed.shape[1] == 1 else allowed[i // K, start:stop]
         scores = jnp.einsum("gth,sh->gts", q[i, :, start:stop], k[i, :seen], preferred_element_type=jnp.float32)
-        scores = jnp.where(allowed[i // K, start:stop, :seen], scores * H ** -0.5, _MASKED)
+        scores = jnp.where(row[:, :seen], scores * H ** -0.5, _MASKED)
         p = jnp.exp(scores - scores.max(-1, keepdims=True))
         y = jnp.einsum("gts,sh->gth", p.astype(v.dtype), v[i, :seen], preferred_element_type=jnp.float32)
         return (y / p.sum(-1, keepdims=True)).astype(v.dtype)

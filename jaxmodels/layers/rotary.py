@@ -47,13 +47,7 @@ class RopeConfig:
 
     def rotation(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """cos and sin of the angles at int[B, T]: float32[B, T, 1, H/2] each. All layers share them."""
-        freq, factor = self.frequencies(head_dim)
-        # float32 angles: positions above 256 collide in bfloat16.
-        angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(freq, jnp.float32)
-        # A loop of two steps is what XLA does not fuse: else it computes cos and sin again wherever they are read, in
-        # every layer, head by head (a twentieth of the forward pass on CPU, where it drops optimization_barrier).
-        cos, sin = jax.lax.map(lambda part: jnp.where(part == 0, jnp.cos(angle), jnp.sin(angle)), jnp.arange(2))
-        return cos * factor, sin * factor
+        return turns(positions, *self.frequencies(head_dim))
 
     def _yarn(self, freq: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
         def dimension(rotations: float) -> float:
@@ -75,6 +69,17 @@ class RopeConfig:
         if self.mscale and self.mscale_all_dim:
             return freq, temperature(self.mscale) / temperature(self.mscale_all_dim)
         return freq, temperature(1.0)
+
+
+def turns(positions: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, times ``factor``, of positions int[B, T] by frequencies [H/2] (radians a position):
+    float32[B, T, 1, H/2] each."""
+    # float32 angles: positions above 256 collide in bfloat16.
+    angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    # A loop of two steps is what XLA does not fuse: else it computes cos and sin again wherever they are read, in
+    # every layer, head by head (a twentieth of the forward pass on CPU, where it drops optimization_barrier).
+    cos, sin = jax.lax.map(lambda part: jnp.where(part == 0, jnp.cos(angle), jnp.sin(angle)), jnp.arange(2))
+    return cos * factor, sin * factor
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,0 +1,122 @@
+"""A depth of layers with taps: equal neighbours are stacked and scanned, unequal or unrolled ones are groups of one.
+
+``cfg`` is a model's configuration; ``groups`` (runs of layers), ``ffn_widths``, ``remat`` and ``windows`` are read.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmodels.layers.attention import NO_WINDOW, Context
+from jaxmodels.taps import Taps
+
+
+def stack(block: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``layers`` blocks in one module, every parameter with a leading axis ``layers``."""
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def build(rngs):
+        return block(rngs)
+
+    return build(rngs)
+
+
+def run(groups, cfg, x: jax.Array, context: Context, taps: Taps, mask: jax.Array, caches=None):
+    """Runs all layers: x [B, T, D] -> (x, aux, caches).
+
+    A block is called as ``block(x, context, probe, window, cache)`` and gives (x, cache). aux: what the taps recorded,
+    with a leading layer axis; ``residual`` has L + 1 entries, the last of which, what the final norm reads, is recorded
+    and edited here. caches: one for each group, or None.
+    """
+    recorded, kept = [], []
+    for i, (start, stop) in enumerate(cfg.groups):
+        x, out, cache = _run_group(groups[i], cfg, start, stop, x, context, taps, mask, caches and caches[i])
+        recorded.append(out)
+        kept.append(cache)
+    aux = _gather(recorded, cfg)
+    final = _last_residual_probe(taps, mask)
+    x = final("residual", x)
+    if "residual" in final.out:
+        aux["residual"] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), aux["residual"],
+                                       final.out["residual"])
+    return x, aux, kept if caches is not None else None
+
+
+def layer_of(groups, cfg, layer: int) -> nnx.Module:
+    """One layer as a module of its own."""
+    group = next(g for g, (start, stop) in enumerate(cfg.groups) if start <= layer < stop)
+    graphdef, params = nnx.split(groups[group])
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a[layer - cfg.groups[group][0]], params))
+
+
+def select(taps: Taps, keep: Callable[[str], bool]) -> Taps:
+    """The taps at the points that ``keep`` says."""
+    return Taps(record=tuple(n for n in taps.record if keep(n)),
+                **{kind: {n: e for n, e in getattr(taps, kind).items() if keep(n)}
+                   for kind in ("reduce", "scale", "add", "mask")})
+
+
+def embedding_probe(taps: Taps, mask: jax.Array):
+    """The probe of the point ``embedding``, which no layer has."""
+    return select(taps, lambda name: name == "embedding").probe(mask)
+
+
+def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
+    """Runs layers start..stop-1: a scan over the stacked parameters, or one layer."""
+    graphdef, params = nnx.split(group)
+    windows = None
+    if context.distance is not None:
+        windows = jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows[start:stop]], jnp.int32)
+    taps = select(taps, lambda name: name != "embedding").layers(start, stop)
+    width, widest = cfg.ffn_widths[start], max(cfg.ffn_widths)
+
+    def layer(x, sliced):
+        (params, taps, window), cache = sliced
+        probe = taps.probe(mask, width, widest)
+        x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
+        return x, (probe.out, cache)
+
+    if cfg.remat != "none":
+        # prevent_cse: inside a scan nothing can undo the recomputation, and the barriers would only cost
+        policy = getattr(jax.checkpoint_policies, cfg.remat)
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=stop - start == 1)
+    stacked = (params, taps, windows)
+    if stop - start == 1:
+        x, (out, cache) = layer(x, (jax.tree.map(lambda a: a[0], stacked), cache))
+        out = jax.tree.map(lambda a: a[None], out)
+    else:
+        x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache))
+    return x, out, cache
+
+
+def _last_residual_probe(taps: Taps, mask):
+    """The residual point has L + 1 entries: the input of every layer, then what the final norm reads."""
+    last = select(taps, lambda name: name == "residual")
+    last = jax.tree.map(lambda a: a[-1] if jnp.ndim(a) else a, last)
+    return last.probe(mask)
+
+
+def _gather(recorded: list[dict[str, Any]], cfg) -> dict[str, Any]:
+    """Joins the groups' recordings along the layer axis, zero-padded to the widest, with ``ffn.width`` beside.
+
+    Zero in layers that lack a point: ``router.logits`` of the dense layers among expert layers.
+    """
+    def join(*parts):
+        width = max(p.shape[-1] for p in parts) if parts[0].ndim > 1 else 0
+        parts = [p if p.ndim == 1 or p.shape[-1] == width
+                 else jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])]) for p in parts]
+        return jnp.concatenate(parts)
+
+    aux = {}
+    for name in dict.fromkeys(n for out in recorded for n in out):
+        some = next(out[name] for out in recorded if name in out)
+        parts = [out[name] if name in out else
+                 jax.tree.map(lambda a, n=stop - start: jnp.zeros((n, *a.shape[1:]), a.dtype), some)
+                 for out, (start, stop) in zip(recorded, cfg.groups, strict=True)]
+        aux[name] = jax.tree.map(join, *parts)
+    if len(set(cfg.ffn_widths)) > 1 and any(name.startswith("ffn.") for name in aux):
+        aux["ffn.width"] = jnp.asarray(cfg.ffn_widths, jnp.int32)
+    return aux
