@@ -9,7 +9,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.experts.layer import apply_experts as eager_apply_experts
 from jaxmodels.experts.layer import dense_ffn
 from jaxmodels.kernels import expert_ffn
-from jaxmodels.kernels.expert_ffn import ACTIVATIONS, dispatch
+from jaxmodels.kernels.activations import ACTIVATIONS
+from jaxmodels.kernels.expert_ffn import dispatch
 
 D, E, S = 8, 6, 4
 apply_experts = jax.jit(

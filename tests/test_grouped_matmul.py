@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 from jaxmodels.errors import UserError
-from jaxmodels.kernels import grouped_matmul, grouped_outer
+from jaxmodels.kernels import grouped_glu, grouped_matmul, grouped_outer
 from jaxmodels.kernels.grouped_matmul import (
     Implementation,
     api,
@@ -97,6 +98,52 @@ def test_odd_shapes(implementation, shape):
     got = products(implementation)(x, w, dy, jnp.asarray(sizes, jnp.int32))
     for value, expected in zip(got, numpy_products(x, w, dy, sizes), strict=True):
         close(value, expected)
+
+
+ACTIVATED = {
+    "silu": lambda z: z / (1 + np.exp(-z)), "relu": lambda z: np.maximum(z, 0),
+    "gelu": lambda z: z * (1 + np.vectorize(math.erf)(z / 2**0.5)) / 2,
+    "gelu_tanh": lambda z: z * (1 + np.tanh((2 / np.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2,
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu", pytest.param("native", marks=needs_compiler), None])
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("shape", [(24, 5, 7, 8), (420, 400, 70, 3)])
+def test_gate_and_up_in_one_product(implementation, activation, shape):
+    rng = np.random.default_rng(0)
+    rows, _, _, groups = shape
+    x, gate, dh = draw(rng, *shape)
+    up = jnp.flip(gate, 0) * 3
+    run = jax.jit(lambda x, gate, up, dh, sizes: (lambda h, vjp: (h, *vjp(dh)))(
+        *jax.vjp(lambda *a: grouped_glu(*a, sizes, activation=activation, implementation=implementation), x, gate, up)))
+    alone = jax.jit(lambda *a: grouped_glu(*a, activation=activation, implementation=implementation))
+    for pattern in ([1] * groups, [0] * (groups - 1) + [groups], [2, 0] + [1] * (groups - 2)):
+        sizes = np.array(pattern) * (rows // groups - 1)  # the rest is tail
+        ends, tail = np.cumsum(sizes), np.arange(rows)[:, None] >= sizes.sum()
+        spoiled = jnp.where(tail, jnp.nan, x), gate, up, jnp.where(tail, jnp.nan, dh), jnp.asarray(sizes, jnp.int32)
+        h, dx, dgate, dup = run(*spoiled)
+        g, u = (numpy_products(x, w, dh, sizes)[0] for w in (gate, up))
+        close(h, ACTIVATED[activation](g) * u)
+        assert np.array_equal(alone(*spoiled[:3], spoiled[4]), h) and not np.asarray(h)[ends[-1]:].any()
+        slope = (ACTIVATED[activation](g + 1e-7) - ACTIVATED[activation](g - 1e-7)) / 2e-7
+        dg, du = np.asarray(dh) * u * slope, np.asarray(dh) * ACTIVATED[activation](g)
+        (_, dx1, dw1), (_, dx2, dw2) = (numpy_products(x, w, d, sizes) for w, d in ((gate, dg), (up, du)))
+        for value, truth in ((dx, dx1 + dx2), (dgate, dw1), (dup, dw2)):
+            close(value, truth, 1e-5)
+        assert not np.asarray(dgate)[sizes == 0].any() and not np.asarray(dup)[sizes == 0].any()
+
+
+@needs_compiler
+def test_exponentials_of_the_compiled_activations_over_their_whole_range():
+    z = np.concatenate([np.linspace(-120, 120, 30_001), [np.nan, np.inf]]).astype(np.float32)
+    x, one, sizes = jnp.asarray(z[:, None]), jnp.ones((1, 1, 1)), jnp.array([len(z)], jnp.int32)
+    square = grouped_glu(x, one, one, sizes, activation="silu", implementation="native")[:, 0]  # silu(z) z
+    truth = z[:-2].astype(np.float64) ** 2 / (1 + np.exp(-z[:-2].astype(np.float64)))
+    inner = np.abs(z[:-2]) < 80  # beyond, float32 ends
+    np.testing.assert_allclose(square[:-2][inner], truth[inner], rtol=1e-6)
+    np.testing.assert_allclose(square[:-2], truth, rtol=1e-6, atol=1e-30)
+    assert np.isnan(square[-2]) and square[-1] == np.inf
 
 
 @pytest.mark.parametrize("implementation", CHOICES[:-2])

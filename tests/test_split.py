@@ -15,7 +15,7 @@ from jaxmodels.experts import _coactivation
 from jaxmodels.experts.assign import assign_exact, assign_greedy, balanced_kmeans, unit_rows
 from jaxmodels.experts.layer import apply_experts, dense_ffn
 from jaxmodels.experts.split import METHODS, Split, apply_split, merge_experts, split_ffn, split_many
-from jaxmodels.kernels.expert_ffn import ACTIVATIONS
+from jaxmodels.kernels.activations import ACTIVATIONS
 
 D, F, E = 16, 48, 6
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxmodels.experts import routers
 from jaxmodels.experts.parallel import run_experts
-from jaxmodels.kernels.expert_ffn import ACTIVATIONS
+from jaxmodels.kernels.activations import ACTIVATIONS
 from jaxmodels.layers.param import param
 from jaxmodels.taps import Probe
 

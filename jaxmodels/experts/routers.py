@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxmodels.errors import UserError
 from jaxmodels.experts.layer import apply_experts
 from jaxmodels.experts.split import Split
-from jaxmodels.kernels.expert_ffn import ACTIVATIONS
+from jaxmodels.kernels.activations import ACTIVATIONS
 
 
 def _router(*static: str):

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
-from jaxmodels.kernels.grouped_matmul import grouped_matmul
+from jaxmodels.kernels.activations import ACTIVATIONS
+from jaxmodels.kernels.grouped_matmul import grouped_glu, grouped_matmul
+from jaxmodels.kernels.grouped_matmul.api import check_activation
 from jaxmodels.kernels.varying import vary, varying_axes
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 def expert_ffn(
@@ -138,12 +133,15 @@ def expert_rows(
         bias = experts.get(f"{name}_bias")
         return out if bias is None else out + product(ones, bias[:, None, :])
 
-    h = hidden({name: project(name) for name in ("gate", "up") if name in experts}, activation)
+    if "gate" in experts and not {"gate_bias", "up_bias"} & set(experts):
+        h = grouped_glu(rows, experts["gate"], experts["up"], group_sizes, activation=activation,
+                        implementation=implementation)
+    else:
+        h = hidden({name: project(name) for name in ("gate", "up") if name in experts}, activation)
     return product(h, experts["down"]), h
 
 
 def hidden(products: Mapping[str, Array], activation: str) -> Array:
-    if activation not in ACTIVATIONS:
-        raise UserError(f"activation {activation!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
+    check_activation(activation)
     act = ACTIVATIONS[activation]
     return act(products["gate"]) * products["up"] if "gate" in products else act(products["up"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmodels.kernels.expert_ffn import ACTIVATIONS
+from jaxmodels.kernels.activations import ACTIVATIONS
 from jaxmodels.layers.linear import linear
 from jaxmodels.layers.param import param
 from jaxmodels.taps import Probe

@@ -2,10 +2,11 @@
 
 from jaxmodels.kernels.grouped_matmul.api import (
     Implementation,
+    grouped_glu,
     grouped_matmul,
     grouped_outer,
     lowering_for,
     register,
 )
 
-__all__ = ["Implementation", "grouped_matmul", "grouped_outer", "lowering_for", "register"]
+__all__ = ["Implementation", "grouped_glu", "grouped_matmul", "grouped_outer", "lowering_for", "register"]

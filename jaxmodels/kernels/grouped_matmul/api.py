@@ -1,4 +1,4 @@
-"""`grouped_matmul` and `grouped_outer`: one signature, several implementations, gradients from each other."""
+"""`grouped_matmul`, `grouped_outer`, `grouped_glu`: one signature, several implementations, their own gradients."""
 
 import contextlib
 import functools
@@ -16,16 +16,19 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
+from jaxmodels.kernels.activations import ACTIVATIONS
 from jaxmodels.kernels.grouped_matmul import cpu, native, proof, reference, tuning, xla
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute both products. `unfit` says why it cannot run the given shapes here, or None.
+    """A way to compute the products. `unfit` says why it cannot run the given shapes here, or None.
 
-    `matmul(x, w, group_sizes, *, transpose_w, out_dtype)`, `outer(x, dy, group_sizes, *, out_dtype)`; with
-    `takes_config` both also get `config=`. `unfit(x_shape, group_count, dtype)` must not touch device memory;
-    `unsupported` is what of it does not depend on the device that is here.
+    `matmul(x, w, group_sizes, *, transpose_w, out_dtype)`, `outer(x, dy, group_sizes, *, out_dtype)`,
+    `glu(x, gate, up, group_sizes, *, activation, keep)`; with `takes_config` all also get `config=`. Without a `glu`,
+    or where `glu_unsupported(activation)` gives a reason, two products and XLA's activation stand in for it.
+    `unfit(x_shape, group_count, dtype)` must not touch device memory; `unsupported` is what of it does not depend on
+    the device that is here.
     """
 
     matmul: Callable[..., Any]
@@ -33,6 +36,8 @@ class Implementation:
     unfit: Callable[[tuple[int, ...], int, Any], str | None] = lambda shape, groups, dtype: None
     takes_config: bool = False
     unsupported: Callable[[tuple[int, ...], int, Any], str | None] = lambda shape, groups, dtype: None
+    glu: Callable[..., Any] | None = None
+    glu_unsupported: Callable[[str], str | None] = lambda activation: None
 
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {}
@@ -47,7 +52,8 @@ register("reference", Implementation(reference.matmul, reference.outer))
 register("loop", Implementation(reference.loop_matmul, reference.loop_outer))
 register("xla", Implementation(xla.matmul, xla.outer))
 register("cpu", Implementation(cpu.matmul, cpu.outer, cpu.unfit, takes_config=True))
-register("native", Implementation(native.matmul, native.outer, native.unfit))
+register("native", Implementation(native.matmul, native.outer, native.unfit, glu=native.glu,
+                                  glu_unsupported=native.glu_unsupported))
 
 
 def _pallas(name: str) -> Implementation:
@@ -60,7 +66,8 @@ def _pallas(name: str) -> Implementation:
 
         return call
 
-    return Implementation(of("matmul"), of("outer"), of("unfit"), takes_config=True, unsupported=of("unsupported"))
+    return Implementation(of("matmul"), of("outer"), of("unfit"), takes_config=True, unsupported=of("unsupported"),
+                          glu=of("glu"), glu_unsupported=of("glu_unsupported"))
 
 
 register("tpu", _pallas("tpu"))
@@ -121,11 +128,40 @@ def grouped_outer(
     return _outer(jnp.dtype(out_dtype), _names(implementation), config, x, dy, group_sizes)
 
 
+def grouped_glu(
+    x: Float[Array, "M K"],
+    gate: Float[Array, "G K N"],
+    up: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    activation: str = "silu",
+    implementation: str | Sequence[str] | None = None,
+    config: Any = None,
+) -> Float[Array, "M N"]:
+    """a(x_e gate[e]) * (x_e up[e]) for the rows of each group e: the first half of a gated expert layer.
+
+    One kernel where the implementation has one: the activation runs on sums that have not left the chip (moe_split.md
+    6.7). For the gradient it keeps both products, [M, N] each. Otherwise as `grouped_matmul`.
+    """
+    _check(x, gate, group_sizes, 2, 3, "gate")
+    _check(x, up, group_sizes, 2, 3, "up")
+    _check_equal(x, gate, x.shape[1], gate.shape[1])
+    if gate.shape != up.shape:
+        raise UserError(f"gate {gate.shape} and up {up.shape} should have the same shape")
+    check_activation(activation)
+    return _glu(activation, _names(implementation), config, x, gate, up, group_sizes)
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation {activation!r} is unknown; choose from {', '.join(ACTIVATIONS)}")
+
+
 # The choice is made for each product on its own: the gradient in x of a product that narrows is one that widens.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _matmul(transpose_w, out_dtype, names, config, x, w, group_sizes):
     here = functools.partial(_on_cpu, x, w.shape[1 if transpose_w else 2], group_sizes.shape[0], outer=False)
-    return _run("matmul", names, here, config, x, w, group_sizes, transpose_w=transpose_w, out_dtype=out_dtype)
+    return _run("matmul", names, here, config, (x, w, group_sizes), transpose_w=transpose_w, out_dtype=out_dtype)
 
 
 def _matmul_forward(transpose_w, out_dtype, names, config, x, w, group_sizes):
@@ -146,7 +182,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _outer(out_dtype, names, config, x, dy, group_sizes):
     here = functools.partial(_on_cpu, x, dy.shape[1], group_sizes.shape[0], outer=True)
-    return _run("outer", names, here, config, x, dy, group_sizes, out_dtype=out_dtype)
+    return _run("outer", names, here, config, (x, dy, group_sizes), out_dtype=out_dtype)
 
 
 def _outer_forward(out_dtype, names, config, x, dy, group_sizes):
@@ -163,6 +199,44 @@ def _outer_backward(out_dtype, names, config, saved, dw):
 _outer.defvjp(_outer_forward, _outer_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _glu(activation, names, config, x, gate, up, group_sizes):
+    return _run_glu(activation, names, config, x, gate, up, group_sizes, keep=False)
+
+
+def _run_glu(activation, names, config, x, gate, up, group_sizes, *, keep):
+    here = functools.partial(_on_cpu, x, gate.shape[2], group_sizes.shape[0], outer=False)
+    return _run("glu", names, here, config, (x, gate, up, group_sizes), activation=activation, keep=keep)
+
+
+def _glu_forward(activation, names, config, x, gate, up, group_sizes):
+    h, g, u = _run_glu(activation, names, config, x, gate, up, group_sizes, keep=True)
+    return h, (x, gate, up, group_sizes, g, u)
+
+
+def _glu_backward(activation, names, config, saved, dh):
+    x, gate, up, group_sizes, g, u = saved
+    dg, du = jax.vjp(functools.partial(_gated, activation), g, u)[1](dh.astype(x.dtype))
+    dx = sum(_matmul(True, x.dtype, names, config, d, w, group_sizes) for d, w in ((dg, gate), (du, up)))
+    return dx, *(_outer(w.dtype, names, config, x, d, group_sizes) for d, w in ((dg, gate), (du, up))), None
+
+
+_glu.defvjp(_glu_forward, _glu_backward)
+
+
+def _gated(activation: str, g: Array, u: Array) -> Array:
+    """In float32, rounded once."""
+    wide = ACTIVATIONS[activation](g.astype(jnp.float32)) * u.astype(jnp.float32)
+    return wide.astype(g.dtype)
+
+
+def _two_products(matmul, x, gate, up, group_sizes, *, activation, keep, **keywords):
+    """`glu` of an implementation that has none."""
+    g, u = (matmul(x, w, group_sizes, transpose_w=False, out_dtype=x.dtype, **keywords) for w in (gate, up))
+    h = _gated(activation, g, u)
+    return (h, g, u) if keep else h
+
+
 def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if implementation is None:
         return None
@@ -173,29 +247,40 @@ def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None
     return names
 
 
-def _run(product, names, here, config, left, right, group_sizes, **keywords):
+def _run(product, names, here, config, operands, **keywords):
     """The product by the first of the names that can run; without names, by what is best for each platform.
 
     Which platform that is gets decided when the program is lowered: a machine with an accelerator also compiles for its
     CPU, and a CPU for an accelerator that is not there (`lowering_for`).
     """
 
+    left, right, group_sizes = operands[0], operands[1], operands[-1]
+
     def by(name: str) -> Callable[..., Array]:
-        function, chosen = getattr(_IMPLEMENTATIONS[name], product), config
+        function, chosen = _function(name, product, keywords.get("activation"), left.dtype), config
         if config is None and _IMPLEMENTATIONS[name].takes_config:  # from a table; nothing is timed here
             chosen = tuning.for_call(name, product, left, right, group_sizes, keywords.get("transpose_w", False))
         return functools.partial(function, **keywords, **_keywords(name, chosen))
 
     if names is not None:
-        return by(_choose(names, left, group_sizes))(left, right, group_sizes)
+        return by(_choose(names, left, group_sizes))(*operands)
     here = here()  # not before: it may compile `native`, which who names another implementation does not want
     platform = jax.default_backend()
     elsewhere = {kind: by(_on_accelerator(kind, left, group_sizes)) for kind in {platform, *_targets} - {"cpu"}}
     if not elsewhere:
         _tell("cpu", here)
-        return by(here)(left, right, group_sizes)
+        return by(here)(*operands)
     branches = {"cuda" if kind == "gpu" else kind: function for kind, function in elsewhere.items()}
-    return jax.lax.platform_dependent(left, right, group_sizes, cpu=by(here), default=by("xla"), **branches)
+    return jax.lax.platform_dependent(*operands, cpu=by(here), default=by("xla"), **branches)
+
+
+def _function(name: str, product: str, activation: str | None, dtype: Any) -> Callable[..., Any]:
+    chosen = _IMPLEMENTATIONS[name]
+    if product != "glu":
+        return getattr(chosen, product)
+    if chosen.glu is None or chosen.glu_unsupported(activation) or _wrong_glu(name, activation, dtype):
+        return functools.partial(_two_products, chosen.matmul)
+    return chosen.glu
 
 
 def _on_accelerator(platform: str, x: Any, group_sizes: Any) -> str:
@@ -215,6 +300,17 @@ def _on_accelerator(platform: str, x: Any, group_sizes: Any) -> str:
 @functools.cache
 def _wrong(name: str, dtype: Any) -> str | None:
     return proof.wrong(_IMPLEMENTATIONS[name].matmul, _IMPLEMENTATIONS[name].outer, dtype)
+
+
+@functools.cache
+def _wrong_glu(name: str, activation: str, dtype: Any) -> str | None:
+    """Of a kernel for an accelerator that is here."""
+    if name not in ("tpu", "hopper") or jax.default_backend() == "cpu":
+        return None
+    reason = proof.wrong_glu(_IMPLEMENTATIONS[name].glu, activation, dtype)
+    if reason is not None:
+        _fall_back(f"glu of {name}", reason)
+    return reason
 
 
 @functools.cache

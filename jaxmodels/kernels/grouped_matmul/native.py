@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import cache_folder
@@ -25,7 +26,8 @@ from jaxmodels.kernels.varying import vary, varying_axes
 
 SOURCE = Path(__file__).with_name("native.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-_TARGETS = ("jaxmodels_grouped_matmul", "jaxmodels_grouped_outer")
+_TARGETS = ("jaxmodels_grouped_matmul", "jaxmodels_grouped_outer", "jaxmodels_grouped_glu")
+_ACTIVATIONS = ("silu", "relu", "gelu_tanh")  # numbered as in native.cc
 
 
 def unfit(shape, groups, dtype) -> str | None:
@@ -52,7 +54,7 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """Rows of each group times its matrix, in float32 whatever the operands are."""
     shape = (x.shape[0], w.shape[1 if transpose_w else 2])
-    return _call(_TARGETS[0], shape, x, w, group_sizes, transpose=transpose_w).astype(out_dtype)
+    return _call(_TARGETS[0], [shape], x, w, group_sizes, transpose=transpose_w)[0].astype(out_dtype)
 
 
 def outer(
@@ -60,17 +62,35 @@ def outer(
 ) -> Float[Array, "G K N"]:
     """x_e^T dy_e for each group e; exactly zero for an empty one."""
     shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
-    return _call(_TARGETS[1], shape, x, dy, group_sizes).astype(out_dtype)
+    return _call(_TARGETS[1], [shape], x, dy, group_sizes)[0].astype(out_dtype)
 
 
-def _call(target: str, shape: tuple[int, ...], left: Array, right: Array, group_sizes: Array, **attributes: Any):
-    if 0 in shape:
-        return jnp.zeros(shape, jnp.float32)
-    operands = left.astype(jnp.float32), right.astype(jnp.float32), group_sizes.astype(jnp.int32)
-    # Inside shard_map operands must vary alike, and jax does not know that the result varies as they do.
-    axes = varying_axes(*operands)
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
-    return vary(call(*(vary(a, axes) for a in operands), **attributes), axes)
+def glu_unsupported(activation: str) -> str | None:
+    return None if activation in _ACTIVATIONS else f"no activation {activation!r} in native.cc"
+
+
+def glu(
+    x: Float[Array, "M K"], gate: Float[Array, "G K N"], up: Float[Array, "G K N"], group_sizes: Int[Array, "G"], *,
+    activation: str, keep: bool,
+) -> Float[Array, "M N"] | tuple[Float[Array, "M N"], Float[Array, "M N"], Float[Array, "M N"]]:
+    """a(x_e gate[e]) * (x_e up[e]), with `keep` also both products, in the dtype of x."""
+    shape, number = (x.shape[0], gate.shape[2]), np.int64(_ACTIVATIONS.index(activation))
+    out = _call(_TARGETS[2], [shape] * (3 if keep else 1), x, gate, up, group_sizes, activation=number)
+    out = tuple(a.astype(x.dtype) for a in out)
+    return out if keep else out[0]
+
+
+def _call(target: str, shapes: list[tuple[int, ...]], *operands: Array, **attributes: Any) -> list[Array]:
+    """operands: float arrays, then the group sizes."""
+    if any(0 in shape for shape in shapes):
+        return [jnp.zeros(shape, jnp.float32) for shape in shapes]
+    *floats, group_sizes = operands
+    arrays = [a.astype(jnp.float32) for a in floats] + [group_sizes.astype(jnp.int32)]
+    # Inside shard_map operands must vary alike, and jax does not know that the results vary as they do.
+    axes = varying_axes(*arrays)
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    return [vary(a, axes) for a in call(*(vary(a, axes) for a in arrays), **attributes)]
 
 
 def _library() -> Path:
