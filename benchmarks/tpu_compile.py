@@ -1,12 +1,14 @@
 """The TPU kernels of the grouped products at the sizes of published models, compiled for TPUs that are not here.
 
     python -m benchmarks.tpu_compile [--out FILE] [--generations v5e v6e] [--shapes Mixtral] [--products fwd dX]
+        [--activation silu]
 
-Needs libtpu (pip install 'jaxmodels[tpu]'), no TPU. All of it: 240 programs of 3 to 10 seconds on two cores. Says what
+Needs libtpu (pip install 'jaxmodels[tpu]'), no TPU. All of it: 320 programs of 3 to 10 seconds on two cores. Says what
 the compiler says: whether it compiles, VMEM it lays out, registers it spills and how many instruction bundles its
 schedule has with and without them. No number here is a speed.
 
-Shapes: moe_split.md 8.1, bf16, gradient of the weights float32. A program whose arrays exceed the memory of one chip is
+Shapes: moe_split.md 8.1, bf16, gradient of the weights float32. "glu" is gate and up with the activation, "glu_kept"
+stores both products as well; there are none for "down". A program whose arrays exceed the memory of one chip is
 compiled for an eighth of the rows and the experts instead, as on one of eight chips (column `part`).
 """
 
@@ -26,14 +28,17 @@ from benchmarks._shapes import LAYERS, Point
 from jaxmodels.errors import UserError
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
-PRODUCTS = ("fwd", "dX", "dW")
+GLU = ("glu", "glu_kept")
+PRODUCTS = ("fwd", "dX", "dW", *GLU)
 COLUMNS = ("shape", "matrix", "product", "chip", "compiled", "part", "vmem_mib", "blocks_mib", "limit_mib",
            "spilled_registers", "bundles", "bundles_unspilled", "seconds", "why")  # fmt: skip
 _ALLOCATION = re.compile(r"#allocation\w+ \[shape = '[^']*', space=vmem, size = (0x[0-9a-f]+), scoped, tag = '([^']*)'")
 _MIB = 2**20
 
 
-def main(out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(LAYERS), products=PRODUCTS) -> list[dict]:
+def main(
+    out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(LAYERS), products=PRODUCTS, activation="silu"
+) -> list[dict]:
     """Compiles, prints a table, and writes `out`."""
     check_out(out)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,8 +48,8 @@ def main(out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(LAY
             device = _device(generation)
             for shape in shapes:
                 for matrix in ("gate/up", "down"):
-                    for product in products:
-                        found = compile_product(device, shape, matrix, product, Path(folder))
+                    for product in (p for p in products if p not in GLU or matrix == "gate/up"):
+                        found = compile_product(device, shape, matrix, product, Path(folder), activation)
                         rows.append({"shape": shape, "matrix": matrix, "product": product, "chip": generation, **found})
                         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -54,16 +59,19 @@ def main(out: str | None = None, generations=tuple(TOPOLOGIES), shapes=tuple(LAY
     return rows
 
 
-def compile_product(device: Any, shape: str, matrix: str, product: str, dumps: Path) -> dict[str, Any]:
+def compile_product(
+    device: Any, shape: str, matrix: str, product: str, dumps: Path, activation: str = "silu"
+) -> dict[str, Any]:
     """One program for one chip, or for its eighth where it does not fit, and what the compiler tells of it."""
     rows, inner, columns, experts = Point(LAYERS[shape], matrix).shape
-    found = _compile(device, rows, inner, columns, experts, product, dumps)
+    found = _compile(device, rows, inner, columns, experts, product, dumps, activation)
     if "memory of the chip" in found.get("why", ""):
-        found = _compile(device, rows // 8, inner, columns, -(-experts // 8), product, dumps) | {"part": "1/8"}
+        part = rows // 8, inner, columns, -(-experts // 8)
+        found = _compile(device, *part, product, dumps, activation) | {"part": "1/8"}
     return found
 
 
-def _compile(device, rows, inner, columns, experts, product, dumps) -> dict[str, Any]:
+def _compile(device, rows, inner, columns, experts, product, dumps, activation) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -83,22 +91,27 @@ def _compile(device, rows, inner, columns, experts, product, dumps) -> dict[str,
         dtype = jnp.float32
         function = lambda x, dy, s: tpu.outer(x, dy, s, out_dtype=dtype)  # noqa: E731
         operands = array(rows, inner), array(rows, columns), sizes
+    elif product in GLU:
+        dtype, keep = jnp.bfloat16, product == "glu_kept"
+        function = lambda x, g, u, s: tpu.glu(x, g, u, s, activation=activation, keep=keep)  # noqa: E731
+        operands = array(rows, inner), weights, weights, sizes
     else:
         back, dtype = product == "dX", jnp.bfloat16
         function = lambda x, w, s: tpu.matmul(x, w, s, transpose_w=back, out_dtype=dtype)  # noqa: E731
         operands = array(rows, columns if product == "dX" else inner), weights, sizes
-    result = jax.eval_shape(function, *operands)
+    results = jax.eval_shape(function, *operands)
     for old in dumps.iterdir():
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     start = time.perf_counter()
-    layout = Format(Layout(tuple(range(result.ndim))), one)
+    layout = jax.tree.map(lambda result: Format(Layout(tuple(range(result.ndim))), one), results)
     try:
         program = jax.jit(function, out_shardings=layout).lower(*operands).compile()
     except jax.errors.JaxRuntimeError as error:
         hbm = re.search(r"memory required .*? \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
         why = f"needs {hbm[1]}, memory of the chip {hbm[2]}" if hbm else str(error).splitlines()[0][:200]
         return {"compiled": False, "why": why}
-    kernel, sides = "outer" if product == "dW" else "matmul", (columns, inner) if product == "dX" else (inner, columns)
+    kernel = {"fwd": "matmul", "dX": "matmul", "dW": "outer"}.get(product, product)
+    sides = (columns, inner) if product == "dX" else (inner, columns)
     tiles = tpu.tiles(kernel, (rows, *sides), jnp.bfloat16, dtype)
     blocks = tpu.vmem_bytes(kernel, sides[0], jnp.bfloat16, dtype, tiles)
     temporary = program.memory_analysis().temp_size_in_bytes
@@ -152,6 +165,7 @@ if __name__ == "__main__":
     parser.add_argument("--out")
     for option, choices in (("generations", TOPOLOGIES), ("shapes", LAYERS), ("products", PRODUCTS)):
         parser.add_argument(f"--{option}", nargs="+", default=tuple(choices), choices=tuple(choices))
+    parser.add_argument("--activation", default="silu", choices=("silu", "relu", "gelu", "gelu_tanh"))
     try:
         main(**vars(parser.parse_args()))
     except UserError as error:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.errors import UserError
+from jaxmodels.kernels.grouped_matmul import epilogue
 from jaxmodels.kernels.grouped_matmul.tilemap import make_visits
 from jaxmodels.kernels.varying import varying_axes
 
@@ -29,6 +30,8 @@ _PIECE = 128  # rows of a product that a partly filled tile is computed in: the 
 _LANES = 128
 _VMEM = 32 * 2**20  # for blocks: half of the 64 MiB that v5p and TPU7x have, the least since v5
 _SMEM = 2**19  # for the tile map: half of the 1 MiB that every generation since v4 has
+# Of each product: its right operands, which have an accumulator each, and its results.
+_HELD = {"matmul": (1, 1), "outer": (1, 1), "glu": (2, 1), "glu_kept": (2, 3)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def matmul(
 ) -> Float[Array, "M N"]:  # fmt: skip
     """Rows of group e times w[e] (G K N; G N K with `transpose_w`), fwd and dX of moe_split.md 6.2; tail rows zero."""
     (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
-    x, w = _checked(x, w, group_sizes)
+    x, w = _checked(group_sizes, x, w)
     if 0 in (rows, inner, columns, group_sizes.shape[0]):
         return jnp.zeros((rows, columns), out_dtype)
     config = tiles("matmul", (rows, inner, columns), x.dtype, out_dtype, config)
@@ -80,9 +83,44 @@ def matmul(
 
     @jax.custom_batching.sequential_vmap
     def product(x, w, group_sizes):
-        return _matmul(x, w, group_sizes, transpose_w, jnp.dtype(out_dtype), config, limit, interpret)
+        name = "grouped_matmul_transposed" if transpose_w else "grouped_matmul"
+        return _matmul(x, (w,), group_sizes, transpose_w, jnp.dtype(out_dtype), config, limit, interpret, name)[0]
 
     return product(x, w, group_sizes)
+
+
+def glu(
+    x: Float[Array, "M K"], gate: Float[Array, "G K N"], up: Float[Array, "G K N"], group_sizes: Int[Array, "G"], *,
+    activation: str, keep: bool, config: Config | None = None, interpret: Any = False,
+) -> Float[Array, "M N"] | tuple[Float[Array, "M N"], Float[Array, "M N"], Float[Array, "M N"]]:  # fmt: skip
+    """h = act(x_e gate[e]) * (x_e up[e]) for the rows of each group e (moe_split.md 6.7); with `keep` (h, g, u), the
+    two products as well, which the gradient needs. h is rounded once, from float32; tail rows are zero in all.
+
+    `config` is that of `matmul`: `tiles` fits it to two weights.
+    """
+    if (reason := glu_unsupported(activation)) is not None:
+        raise UserError(reason)
+    (rows, inner), columns, out_dtype = x.shape, gate.shape[2], x.dtype
+    x, gate, up = _checked(group_sizes, x, gate, up)
+    product = "glu_kept" if keep else "glu"
+    if 0 in (rows, inner, columns, group_sizes.shape[0]):
+        nothing = jnp.zeros((rows, columns), out_dtype)
+        return (nothing,) * 3 if keep else nothing
+    config = tiles(product, (rows, inner, columns), x.dtype, out_dtype, config)
+    limit = vmem_limit(vmem_bytes(product, inner, x.dtype, out_dtype, config))
+
+    @jax.custom_batching.sequential_vmap
+    def both(x, gate, up, group_sizes):
+        return _matmul(x, (gate, up), group_sizes, False, out_dtype, config, limit, interpret,
+                       f"grouped_{product}_{activation}", epilogue.gated(activation, keep), 3 if keep else 1)
+
+    results = both(x, gate, up, group_sizes)
+    return tuple(results) if keep else results[0]
+
+
+def glu_unsupported(activation: str) -> str | None:
+    """Why the kernel of `glu` does not compute this activation, or None."""
+    return epilogue.unsupported(activation)
 
 
 def outer(
@@ -91,7 +129,7 @@ def outer(
 ) -> Float[Array, "G K N"]:  # fmt: skip
     """x_e^T dy_e over the rows of each group, dW of moe_split.md 6.2; exactly zero for an empty group."""
     (rows, inner), columns = x.shape, dy.shape[1]
-    x, dy = _checked(x, dy, group_sizes)
+    x, dy = _checked(group_sizes, x, dy)
     if 0 in (rows, inner, columns, group_sizes.shape[0]):
         return jnp.zeros((group_sizes.shape[0], inner, columns), out_dtype)
     config = tiles("outer", (rows, inner, columns), x.dtype, out_dtype, config)
@@ -107,8 +145,12 @@ def outer(
 def tiles(
     product: str, shape: tuple[int, int, int], dtype: Any, out_dtype: Any, config: Config | None = None
 ) -> Config:
-    """The tiles that `product` ("matmul" or "outer") of shape (M, K, N) runs with: no larger than the arrays, of sides
-    that a block may have (a whole axis, or whole registers), an axis cut evenly."""
+    """The tiles that `product` (of `_HELD`) of shape (M, K, N) runs with: no larger than the arrays, of sides that a
+    block may have (a whole axis, or whole registers), an axis cut evenly.
+
+    Two weights take twice the room. Where it is not there, half the columns keep K whole if that is enough: there are
+    as many operations for each byte of x then as with one weight, and for each byte of the weights more than in blocks.
+    """
     config, align = config or Config(), _sublanes(dtype)
     height = _up(min(config.rows, shape[0]), align)
     height = _up(height, _PIECE if height > _PIECE else align)
@@ -116,21 +158,28 @@ def tiles(
     def width(tile: int, axis: int) -> int:
         return axis if tile >= axis else _up(-(-axis // -(-axis // tile)), _LANES)
 
+    def fits(tiles: Config) -> bool:
+        return vmem_bytes(product, shape[1], dtype, out_dtype, tiles) <= _VMEM
+
     chosen = Config(height, width(config.inner, shape[1]), width(config.columns, shape[2]), config.whole)
-    fits = product == "matmul" and vmem_bytes(product, shape[1], dtype, out_dtype, chosen) <= _VMEM
-    return replace(chosen, whole=chosen.whole and fits)
+    if product == "outer":
+        return replace(chosen, whole=False)
+    widths = [chosen, replace(chosen, columns=width(config.columns // 2, shape[2]))][: _HELD[product][0]]
+    tried = [tiles for tiles in widths if config.whole] + [replace(tiles, whole=False) for tiles in widths]
+    return next((tiles for tiles in tried if fits(tiles)), tried[-1])
 
 
 def vmem_bytes(product: str, inner: int, dtype: Any, out_dtype: Any, config: Config) -> int:
-    """VMEM that the tiles hold for an axis K of `inner`: two buffers of each block, the float32 accumulator."""
+    """VMEM that the tiles hold for an axis K of `inner`: two buffers of each block, the float32 accumulators."""
     size, out = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
     # A block's last axis fills whole registers of 128 lanes.
     rows, columns = config.rows, _up(config.columns, _LANES)
-    held = _up(inner if product == "matmul" and config.whole else config.inner, _LANES)
+    held = _up(inner if product != "outer" and config.whole else config.inner, _LANES)
     left, right, result = rows * held, held * columns, rows * columns
     if product == "outer":
         left, right, result = left, result, right
-    return 2 * (size * (left + right) + out * result) + 4 * result
+    weights, results = _HELD[product]
+    return 2 * (size * (left + weights * right) + out * results * result) + 4 * weights * result
 
 
 def vmem_limit(needed: int) -> int:
@@ -160,9 +209,11 @@ def _missing() -> str | None:
     return None
 
 
-def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret):
+def _matmul(x, weights, group_sizes, transpose_w, out_dtype, config, limit, interpret, name, finish=None, results=1):
+    """The rows of each group times its matrix of each of `weights`; then what `finish` makes of these products in
+    float32, a tuple of as many `results`. By default the product itself."""
     pl, pltpu = _pallas()
-    (rows, inner), columns = x.shape, w.shape[1 if transpose_w else 2]
+    (rows, inner), columns = x.shape, weights[0].shape[1 if transpose_w else 2]
     visits = make_visits(group_sizes, rows, config.rows, every_tile=True)
     held = inner if config.whole else config.inner  # columns of x in a block
     steps = pl.cdiv(inner, held)
@@ -170,7 +221,8 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
     align, piece = _sublanes(x.dtype), min(_PIECE, config.rows)
     contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
 
-    def kernel(group, tile, first, stop, x_ref, w_ref, y_ref, sum_ref):
+    def kernel(group, tile, first, stop, x_ref, *refs):
+        w_refs, y_refs, sum_refs = refs[: len(weights)], refs[len(weights) : -len(weights)], refs[-len(weights) :]
         visit, step = pl.program_id(1), pl.program_id(2)
         low, high = first[visit] - tile[visit] * config.rows, stop[visit] - tile[visit] * config.rows
         start, pieces = _pieces(low, high, config.rows, align, piece)
@@ -178,7 +230,8 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
 
         def add(at, part):
             # Rows of neighbouring groups are multiplied too, and do not mix with the group's own.
-            sum_ref[at, :] += _dot(x_ref[at, part], w_ref[:, part] if transpose_w else w_ref[part, :], contract)
+            for w_ref, sum_ref in zip(w_refs, sum_refs, strict=True):
+                sum_ref[at, :] += _dot(x_ref[at, part], w_ref[:, part] if transpose_w else w_ref[part, :], contract)
 
         def accumulate(at, chunks, tail):
             def chunk(i, _):
@@ -201,7 +254,8 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
 
         @pl.when((step == 0) & (pieces > 0))
         def _():
-            sum_ref[...] = jnp.zeros_like(sum_ref)
+            for sum_ref in sum_refs:
+                sum_ref[...] = jnp.zeros_like(sum_ref)
 
         if steps == 1 or tail == 0:
             multiply(chunks, tail)
@@ -209,24 +263,31 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
             pl.when(step < steps - 1)(lambda: multiply(1, 0))
             pl.when(step == steps - 1)(lambda: multiply(0, tail))
 
+        def finished(at):
+            sums = [sum_ref[at, :] for sum_ref in sum_refs]
+            return zip(y_refs, finish(*sums) if finish else sums, strict=True)
+
         def merge(at):
-            row = at.start + jax.lax.broadcasted_iota(jnp.int32, (piece, y_ref.shape[1]), 0)
+            row = at.start + jax.lax.broadcasted_iota(jnp.int32, (piece, config.columns), 0)
             mine = (row >= low) & (row < high)
-            # Through float32: v5e has no vector unit for bf16.
-            y_ref[at, :] = jnp.where(mine, sum_ref[at, :], y_ref[at, :].astype(jnp.float32)).astype(out_dtype)
+            for y_ref, y in finished(at):
+                # Through float32: v5e has no vector unit for bf16.
+                y_ref[at, :] = jnp.where(mine, y, y_ref[at, :].astype(jnp.float32)).astype(out_dtype)
 
         @pl.when(step == steps - 1)
         def _():
             @pl.when(whole)
             def _():
-                y_ref[...] = sum_ref[...].astype(out_dtype)
+                for y_ref, y in finished(slice(None)):
+                    y_ref[...] = y.astype(out_dtype)
 
             @pl.when(jnp.logical_not(whole))
             def _():
                 # The first to come clears the tile: rows that no group owns stay zero.
                 @pl.when((visit == 0) | (tile[visit] != tile[jnp.maximum(visit - 1, 0)]))
                 def _():
-                    y_ref[...] = jnp.zeros_like(y_ref)
+                    for y_ref in y_refs:
+                        y_ref[...] = jnp.zeros_like(y_ref)
 
                 each_piece(merge)
 
@@ -244,23 +305,24 @@ def _matmul(x, w, group_sizes, transpose_w, out_dtype, config, limit, interpret)
         return tile[visit], column
 
     sides = (config.columns, held) if transpose_w else (held, config.columns)
+    x_spec, w_spec = pl.BlockSpec((config.rows, held), x_block), pl.BlockSpec((None, *sides), w_block)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(columns, config.columns), visits.count, steps),
-            in_specs=[pl.BlockSpec((config.rows, held), x_block), pl.BlockSpec((None, *sides), w_block)],
-            out_specs=pl.BlockSpec((config.rows, config.columns), y_block),
-            scratch_shapes=[pltpu.VMEM((config.rows, config.columns), jnp.float32)],
+            in_specs=[x_spec] + [w_spec] * len(weights),
+            out_specs=[pl.BlockSpec((config.rows, config.columns), y_block)] * results,
+            scratch_shapes=[pltpu.VMEM((config.rows, config.columns), jnp.float32)] * len(weights),
         ),
-        out_shape=_struct((rows, columns), out_dtype, x, w, group_sizes),
+        out_shape=[_struct((rows, columns), out_dtype, x, *weights, group_sizes)] * results,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=limit
         ),
-        cost_estimate=_cost(rows, inner, columns, w.size * w.dtype.itemsize, x.dtype, out_dtype),
+        cost_estimate=_cost(rows, inner, columns, x.dtype, out_dtype, weights, results),
         interpret=interpret,
-        name="grouped_matmul_transposed" if transpose_w else "grouped_matmul",
-    )(*visits[1:], x, w)
+        name=name,
+    )(*visits[1:], x, *weights)
 
 
 def _outer(x, dy, group_sizes, out_dtype, config, limit, interpret):
@@ -332,17 +394,20 @@ def _outer(x, dy, group_sizes, out_dtype, config, limit, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit
         ),
-        cost_estimate=_cost(rows, inner, columns, groups * inner * columns * out_dtype.itemsize, x.dtype, dy.dtype),
+        cost_estimate=_cost(rows, inner, columns, x.dtype, dy.dtype, [_struct((groups, inner, columns), out_dtype)]),
         interpret=interpret,
         name="grouped_outer",
     )(*visits[1:], x, dy)
 
 
-def _cost(rows: int, inner: int, columns: int, matrices: int, left: Any, right: Any):
+def _cost(rows: int, inner: int, columns: int, left: Any, right: Any, matrices: Any, results: int = 1):
     """What XLA is to count for a product: every row once, every operand read and every result written once. It plans
-    what runs beside the kernel by it, and `jaxmodels compile` estimates a step."""
-    moved = rows * (inner * jnp.dtype(left).itemsize + columns * jnp.dtype(right).itemsize) + matrices
-    return _pallas()[0].CostEstimate(flops=2 * rows * inner * columns, transcendentals=0, bytes_accessed=moved)
+    what runs beside the kernel by it, and `jaxmodels compile` estimates a step. An activation counts as nothing."""
+    moved = rows * (inner * jnp.dtype(left).itemsize + results * columns * jnp.dtype(right).itemsize)
+    return _pallas()[0].CostEstimate(
+        flops=2 * rows * inner * columns * len(matrices), transcendentals=0,
+        bytes_accessed=moved + sum(m.size * m.dtype.itemsize for m in matrices),
+    )  # fmt: skip
 
 
 def _pieces(low, high, rows: int, align: int, piece: int):
@@ -379,11 +444,11 @@ def _struct(shape, dtype, *operands):
     )
 
 
-def _checked(x: Any, other: Any, group_sizes: Any) -> tuple[Any, Any]:
-    """Both in the wider dtype of the two: the matrix unit takes one."""
+def _checked(group_sizes: Any, *operands: Any) -> list[Any]:
+    """All in the widest dtype of theirs: the matrix unit takes one."""
     if (missing := _missing()) is not None:
         raise UserError(f"Pallas for the TPU cannot be imported ({missing}); name another implementation")
-    dtype = jnp.promote_types(x.dtype, other.dtype)
-    if (reason := unsupported(x.shape, group_sizes.shape[0], dtype)) is not None:
+    dtype = jnp.result_type(*(operand.dtype for operand in operands))
+    if (reason := unsupported(operands[0].shape, group_sizes.shape[0], dtype)) is not None:
         raise UserError(f"the TPU kernels cannot run: {reason}")
-    return x.astype(dtype), other.astype(dtype)
+    return [operand.astype(dtype) for operand in operands]
