@@ -14,6 +14,7 @@ import numpy as np
 from jaxmodels.errors import UserError
 
 Transform = tuple[str, int, Callable[[dict], dict]]  # name, version, function of one record
+RandomTransform = tuple[str, int, Callable[[dict, np.random.Generator], dict]]  # the same with a random stream
 OnChange = Literal["raise", "restart", "reseek"]
 
 # Threads and no worker processes: records are packed offline, so reading one costs about 0.1 ms, and workers would put
@@ -38,6 +39,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
       source: records, read by several threads at once.
       transforms: (name, version, function of a record), in order. A function must give the same for the same record,
         and a record for a record: filters and packing change the length, so they run offline.
+      random_transforms: (name, version, function of a record and a random generator), after those. The generator is
+        made of (seed, epoch, the record's index, place in this list): the same in every process and after a restart,
+        another in every epoch.
       files: name, size and number of records of the source's files, for the fingerprint.
     Raises UserError for a batch that the processes or the records cannot fill.
     """
@@ -55,9 +59,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         name: str = "",
         files: Sequence[Mapping[str, Any]] = (),
         transforms: Sequence[Transform] = (),
+        random_transforms: Sequence[RandomTransform] = (),
     ):
         _check_sizes(len(source), seed, global_batch, epochs, process_index, process_count)
-        self._source, self._transforms = source, tuple(transforms)
+        self._source, self._transforms, self._random = source, tuple(transforms), tuple(random_transforms)
+        self._seed = seed
         self.global_batch, self._process, self._processes = global_batch, process_index, process_count
         self._described = {
             "name": name,
@@ -66,7 +72,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             "seed": seed,
             "global_batch": global_batch,
             "shuffle": shuffle,
-            "transforms": [[name, version] for name, version, _ in self._transforms],
+            "transforms": [[name, version] for name, version, _ in (*self._transforms, *self._random)],
             "workers": 0,
         }
         # The order is made on ids rather than on the source, so that it is known without reading a record.
@@ -99,8 +105,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         # Cut to whole global batches before the slice: of a remainder, the first processes would still fill a batch
         # and the others would not, and a step that some processes do not take hangs the rest.
         end = len(self._ids) - (len(self._ids) - self._offset) % self.global_batch
-        mine = self._ids[self._offset + self._process : end : self._processes]
-        batches = mine.map(self._load).batch(self.global_batch // self._processes, drop_remainder=True)
+        first = self._offset + self._process
+        mine = self._ids[first : end : self._processes]
+
+        def load(place: int, index: int) -> dict[str, Any]:
+            return self._load(int(index), (first + place * self._processes) // len(self._source))
+
+        batches = mine.map_with_index(load).batch(self.global_batch // self._processes, drop_remainder=True)
         self._iterator = iter(batches.to_iter_dataset(_READ))
         self._iterator.set_state({"next_index": self._next})
 
@@ -130,10 +141,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._next += 1
         return batch
 
-    def _load(self, index: int) -> dict[str, Any]:
-        record = dict(self._source[int(index)])
+    def _load(self, index: int, epoch: int) -> dict[str, Any]:
+        record = dict(self._source[index])
         for _, _, function in self._transforms:
             record = function(record)
+        for place, (_, _, function) in enumerate(self._random):
+            record = function(record, np.random.default_rng((self._seed, epoch, index, place)))
         return {**record, "id": np.int64(index)}
 
 

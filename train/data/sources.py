@@ -10,36 +10,21 @@ A path after the colon is looked at alone; without one, ``$JAXMODELS_DATA/<name>
 No text is downloaded or stored here; what is missing gives an error that says where to get it and where to put it.
 """
 
-import dataclasses
-import hashlib
-import importlib.util
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import UserError
 from train.data.gettext_text import LICENSE as DJANGO_LICENSE
 from train.data.gettext_text import read_gettext
+from train.data.locate import Source, locate, read
 from train.data.parallel_text import read_tico19, read_udhr
+from train.data.proteins import SOURCES as PROTEINS
 from train.data.text import LanguageText, decode, known_language, language_text, mark_variants
 from train.runtime.config import did_you_mean
 
 __all__ = ["SOURCES", "LanguageText", "Source", "is_source", "text_source", "where"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A source that has one public home."""
-
-    name: str
-    license: str
-    get: str  # how to get it, and from where
-    read: Callable[[Path, str, str], list[LanguageText]]  # (path, source, license)
-    package: str = ""  # an installed package that carries it
-    checksum: tuple[str, str] | None = None  # (file, SHA-256): what the recorded results were computed from
 
 
 SOURCES = {
@@ -78,22 +63,16 @@ def text_source(name: str) -> list[LanguageText]:
         return mark_variants(read_tfds(part) for part in rest.split("+"))
     if kind not in SOURCES:
         raise UserError(f"unknown text source {name!r}; {did_you_mean(kind, [*SOURCES, *_OPEN_KINDS])}")
-    source = SOURCES[kind]
-    path = where(name)
-    if path is None:
-        home = f"$JAXMODELS_DATA/{kind} (JAXMODELS_DATA is {os.environ.get('JAXMODELS_DATA', 'not set')})"
-        raise UserError(f"{name} is not here; get it with {source.get} and put it into {rest or home}")
-    _check(source, path)
-    return source.read(path, name, source.license)
+    return read(SOURCES[kind], name)
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` is a text source, here or not."""
-    return name.partition(":")[0] in {*SOURCES, *_OPEN_KINDS}
+    """Whether `name` is a source of texts or proteins, here or not."""
+    return name.partition(":")[0] in {*SOURCES, *PROTEINS, *_OPEN_KINDS}
 
 
 def where(name: str) -> Path | None:
-    """Where a text source is; None if it is missing, or if there is no such source.
+    """Where a source of texts or proteins is; None if it is missing, or if there is no such source.
 
     The order: an explicit path after the colon, ``$JAXMODELS_DATA/<name>``, an installed package that carries it.
     """
@@ -106,13 +85,8 @@ def where(name: str) -> Path | None:
     if rest:
         path = Path(rest).expanduser()
         return path if path.exists() else None
-    if data := os.environ.get("JAXMODELS_DATA"):
-        path = Path(data).expanduser() / kind
-        if path.exists():
-            return path
-    package = SOURCES[kind].package if kind in SOURCES else ""
-    spec = importlib.util.find_spec(package) if package else None  # without importing it
-    return Path(spec.origin).parent if spec and spec.origin else None
+    source = SOURCES.get(kind) or PROTEINS.get(kind)
+    return locate(source) if source else None
 
 
 def read_folder(folder: Path) -> list[LanguageText]:
@@ -191,14 +165,3 @@ def _existing(path: Path, name: str) -> Path:
     if not path.is_dir():
         raise UserError(f"{name}: {path} is not a folder; give one that holds <language>.txt files")
     return path
-
-
-def _check(source: Source, path: Path) -> None:
-    """Warns, since newer data is still data, when a file is not the one that recorded results were computed from."""
-    if source.checksum is None:
-        return
-    file = path / source.checksum[0] if path.is_dir() else path
-    if file.name == source.checksum[0] and file.exists():
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if digest != source.checksum[1]:
-            warnings.warn(f"{file} is not the recorded version (SHA-256 {digest[:12]}): numbers differ", stacklevel=3)
