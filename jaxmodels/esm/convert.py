@@ -1,7 +1,7 @@
 """Between Hugging Face's names and configs and ours: EsmForMaskedLM and its kin, and RoBERTa."""
 
 import functools
-import re
+import json
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,6 @@ from jaxmodels.hub.entries import Entry, Source, transpose
 MODEL_TYPES = frozenset(("esm", "roberta"))
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _NAMES = {"esm": "Esm", "roberta": "Roberta"}
-_INV_FREQ = re.compile(r"(^|\.)rotary_embeddings\.inv_freq$")
-# Tensors that say nothing: see section 1.4 of the list in README.md.
-_UNUSED = (r"position_ids$", r"\.pooler\.", r"rotary_embeddings\.inv_freq$", r"^lm_head\.decoder\.(weight|bias)$")
 
 
 def config_from_hf(hf: dict[str, Any]) -> EsmConfig:
@@ -51,7 +48,7 @@ def config_from_hf(hf: dict[str, Any]) -> EsmConfig:
         raise UserError(f"config.json has no mask_token_id, which token_dropout needs with a vocabulary of "
                         f"{hf['vocab_size']} tokens; add it")
     heads = _heads(hf)
-    ours = _ours(hf, heads)
+    ours = _ours(hf)
     return EsmConfig(
         d_model=hf["hidden_size"], num_heads=hf["num_attention_heads"],
         ffn_widths=tuple(ours.get("ffn_widths", [hf["intermediate_size"]] * hf["num_hidden_layers"])),
@@ -61,8 +58,8 @@ def config_from_hf(hf: dict[str, Any]) -> EsmConfig:
         norm_eps=float(hf.get("layer_norm_eps", 1e-12)),  # transformers' default; the released files say 1e-5
         max_positions=hf.get("max_position_embeddings", 1026 if family == "esm" else 512),
         rope_theta=float(hf.get("rope_theta", (hf.get("rope_parameters") or {}).get("rope_theta", 10_000.0))),
-        lm_head=ours.get("lm_head", heads["lm_head"]), contact_head=family == "esm", classes=heads["classes"],
-        pool=ours.get("pool", "cls"), family=family, cls_id=hf.get("bos_token_id", CLS),
+        lm_head=heads["lm_head"], contact_head=family == "esm", classes=heads["classes"],
+        pool="cls" if heads["classes"] else ours.get("pool", "mean"), family=family, cls_id=hf.get("bos_token_id", CLS),
         pad_id=hf.get("pad_token_id", PAD), eos_id=hf.get("eos_token_id", EOS),
         mask_id=hf.get("mask_token_id", MASK if known else hf["vocab_size"] - 1))
 
@@ -76,7 +73,7 @@ def _heads(hf: dict[str, Any]) -> dict[str, Any]:
             "classes": count if architecture.endswith("ForSequenceClassification") else 0}
 
 
-def _ours(hf: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
+def _ours(hf: dict[str, Any]) -> dict[str, Any]:
     ours = hf.get("jaxmodels", {})
     widths = ours.get("ffn_widths") if isinstance(ours, dict) else 0
     if widths is not None and (not isinstance(widths, list) or len(widths) != hf["num_hidden_layers"] or not all(
@@ -88,7 +85,9 @@ def _ours(hf: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
 def config_to_hf(config: EsmConfig) -> dict[str, Any]:
     """The config.json that transformers reads; what it cannot express stands under ``jaxmodels``."""
     name = _NAMES[config.family]
-    kind = "ForSequenceClassification" if config.classes else "ForMaskedLM" if config.lm_head else "Model"
+    # Of the two classifiers transformers has the one that reads <cls>, and must not take the other for it.
+    reads_cls = config.classes and config.pool == "cls"
+    kind = "ForSequenceClassification" if reads_cls else "ForMaskedLM" if config.lm_head else "Model"
     hf = {
         "architectures": [name + kind], "model_type": config.family, "vocab_size": config.vocab_size,
         "hidden_size": config.d_model, "num_hidden_layers": config.num_layers,
@@ -116,8 +115,6 @@ def config_to_hf(config: EsmConfig) -> dict[str, Any]:
     ours: dict[str, Any] = {}
     if config.classes and config.pool != "cls":
         ours["pool"] = config.pool
-    if config.classes and config.lm_head:
-        ours["lm_head"] = True
     if len(set(config.ffn_widths)) > 1:
         ours["ffn_widths"] = list(config.ffn_widths)
     return hf | ({"jaxmodels": ours} if ours else {})
@@ -164,6 +161,28 @@ def entries(config: EsmConfig) -> list[Entry]:
         matrix(("classifier", "out"), "classifier.out_proj.weight", D, config.classes)
         plain(("classifier", "out_bias"), "classifier.out_proj.bias", config.classes)
     return out
+
+
+def buffers(config: EsmConfig) -> list[tuple[Entry, np.ndarray]]:
+    """Tensors of a saved file that are no parameters of ours: what transformers would otherwise make up."""
+    out = []
+    if config.position == "rotary" and config.inv_freq is not None and config.rope_inv_freq == "checkpoint":
+        value = np.asarray(config.inv_freq, np.float32)
+        out.append((Entry(("inv_freq",), value.shape, (Source("esm.rotary_embeddings.inv_freq", value.shape),)), value))
+    if config.family == "roberta":  # the table of positions holds it already
+        value = np.zeros((1, config.d_model), config.param_dtype)
+        name = "roberta.embeddings.token_type_embeddings.weight"
+        out.append((Entry(("token_types",), value.shape, (Source(name, value.shape),)), value))
+    return out
+
+
+def files(config: EsmConfig) -> dict[str, str]:
+    """The tokenizer that transformers expects beside ESM's weights; none where the vocabulary is another."""
+    if config.vocab_size != len(TOKENS) or config.family != "esm":
+        return {}
+    about = {"tokenizer_class": "EsmTokenizer", "cls_token": "<cls>", "pad_token": "<pad>", "eos_token": "<eos>",
+             "unk_token": "<unk>", "mask_token": "<mask>"}
+    return {"vocab.txt": "\n".join(TOKENS), "tokenizer_config.json": json.dumps(about, indent=2) + "\n"}
 
 
 def _layer_entries(out: list[Entry], config: EsmConfig, g: int, layers: range, D: int, N: int, H: int) -> None:
