@@ -93,6 +93,8 @@ def test_without_libtpu_it_says_so():
 @pytest.mark.parametrize("arguments, kinds", [
     (("lm_dense_pretrain", "mesh.fsdp=8", "data.batch=32", "model.dtype=bfloat16"), {"all-gather"}),
     (("lm_moe_pretrain", "mesh.expert=8", "data.batch=32", "model.dtype=bfloat16"), {"all-to-all", "all-reduce"}),
+    (("lm_moe_pretrain", "mesh.expert=8", "mesh.ragged=true", "data.batch=32", "model.dtype=bfloat16"),
+     {"ragged-all-to-all", "all-reduce"}),
 ])
 def test_compiles_for_eight_chips(arguments, kinds):
     done = compile_command(*arguments, "--topology", "v5e:2x4")

@@ -15,6 +15,7 @@ from jaxmodels.experts import parallel
 from jaxmodels.experts.layer import apply_experts
 from jaxmodels.experts.parallel import apply_experts_parallel, run_experts
 from tests.tiny_models import random_model
+from train.runtime import mesh as runtime
 
 D, E, S, B, T, K = 6, 8, 4, 8, 3, 2
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -76,13 +77,46 @@ def test_in_parts_it_is_the_same(parts):
     mesh = make_mesh((1, 1, 8, 1))
     batch = NamedSharding(mesh, PartitionSpec(AXES[:3]))
     cut = [jax.device_put(a, batch) for a in (x, weights, target)]
-    with jax.set_mesh(mesh), parallel.exchange_in_parts(parts):
+    with jax.set_mesh(mesh), parallel.exchange(parts):
         run = values_and_gradients(apply_experts_parallel)
         for name, active in routings().items():
             close(run(experts, cut[0], cut[1], jax.device_put(active, batch), cut[2]), expected()[name])
         text = jax.jit(lambda *a: apply_experts_parallel(experts, a[0], activation="silu", active=a[1], weights=a[2])
                        ).lower(cut[0], jax.device_put(active, batch), cut[1]).as_text()  # fmt: skip
     assert text.count("stablehlo.all_to_all") == 3 * (parts if parts == 3 else 1)  # rows, their counts, and back
+
+
+def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`jax.lax.ragged_all_to_all` as its documentation defines it, from whole copies: XLA has none on CPU."""
+    me, room = jax.lax.axis_index(axis_name), len(output)
+    told = [jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)]
+    row = jnp.arange(room)
+    for source in range(len(input_offsets)):
+        rows, (first, size, to) = told[0][source], (a[source, me] for a in told[1:])
+        here = (row >= to) & (row < to + jnp.where(size == recv_sizes[source], size, 0))
+        output = jnp.where(here[:, None], rows[jnp.clip(row - to + first, 0, len(rows) - 1)], output)
+    return output
+
+
+@pytest.mark.parametrize(("devices", "parts"), [(8, 3), (4, 1)])
+def test_ragged_exchange_is_the_same(monkeypatch, devices, parts):
+    calls = []
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", lambda *a, **k: calls.append(len(a)) or emulated(*a, **k))
+    experts, x, weights, target = inputs()
+    mesh = make_mesh((1, 8 // devices, devices, 1))
+    batch = NamedSharding(mesh, PartitionSpec(AXES[:3]))
+    put = functools.partial(jax.device_put, device=batch)
+    with jax.set_mesh(mesh), parallel.exchange(parts, ragged=True):
+        run = values_and_gradients(apply_experts_parallel)
+        for name, active in routings().items():
+            close(run(experts, put(x), put(weights), put(active), put(target)), expected()[name])
+    assert len(calls) == 2 * parts  # there and back, in one compilation
+
+
+def test_no_ragged_exchange_on_cpu():
+    with pytest.raises(UserError, match="mesh.ragged=True needs TPUs or GPUs"), \
+            runtime.use_mesh(make_mesh((1, 1, 8, 1)), ragged=True):
+        pass
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)

@@ -55,7 +55,7 @@ def run(cfg: PretrainConfig, folder: RunFolder) -> None:
     if cfg.loop.style == "pmap":
         trained = loop.train(folder, cfg.loop, task, mesh)
     else:
-        with use_mesh(mesh, parts=cfg.mesh.parts):
+        with use_mesh(mesh, parts=cfg.mesh.parts, ragged=cfg.mesh.ragged):
             trained = loop.train(folder, cfg.loop, task, mesh)
     finish(cfg, folder, plan, decoder, tokenizer, trained)
 

@@ -19,6 +19,7 @@ class MeshConfig:
     expert: int = 1  # experts spread over devices, the batch as well
     tensor: int = 1  # heads, hidden width and vocabulary
     parts: int = 1  # in which tokens travel to their experts, so that some compute while others travel
+    ragged: bool = False  # only what a token's expert needs travels, not whole buffers (TPU, GPU)
     slices: int = 1  # TPU slices (or hosts) joined by a slower network; only `data` crosses them
 
     def __post_init__(self):

@@ -10,9 +10,9 @@ exchange back; weighted sum. Each step is a gather whose gradient is a gather, s
 
 The exchanged buffer is as large as the worst case, every copy to the same device: [P, tokens * min(k, E / P), D], where
 balanced routing fills a P-th. This is the price of dropping nothing under static shapes: a capacity factor would save
-memory and lose tokens, and `jax.lax.ragged_all_to_all`, which sends only what is there, does not run on CPU (jax
-0.10.2), where all of this is tested. The rows that stay empty come last on the receiving side, past the last group,
-where a grouped product does no work; they cost their bytes on the wire and in the activations.
+memory and lose tokens. The rows that stay empty come last on the receiving side, past the last group, where a grouped
+product does no work; they cost their bytes in the activations, and on the wire unless `exchange(ragged=True)` sends
+only what is there, by `jax.lax.ragged_all_to_all` (TPU and GPU; XLA has none for CPU).
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from jaxtyping import Array, Float, Int
 from jaxmodels.errors import UserError
 from jaxmodels.experts.layer import apply_experts
 from jaxmodels.kernels.expert_ffn import dispatch, expert_rows, gather_rows
-from jaxmodels.kernels.varying import vary
+from jaxmodels.kernels.varying import vary, varying_axes
 
 BATCH = ("data", "fsdp", "expert")
-_parts: contextvars.ContextVar[int] = contextvars.ContextVar("exchange_parts", default=1)
+_exchange_by: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar("exchange", default=(1, False))
 _SPECS = {
     "gate": ("expert", None, "tensor"), "up": ("expert", None, "tensor"), "down": ("expert", "tensor", None),
     "gate_bias": ("expert", "tensor"), "up_bias": ("expert", "tensor"),
@@ -39,14 +39,15 @@ _SPECS = {
 
 
 @contextlib.contextmanager
-def exchange_in_parts(parts: int) -> Iterator[None]:
+def exchange(parts: int = 1, ragged: bool = False) -> Iterator[None]:
     """Inside, a device's tokens travel in so many parts, each with buffers of its own: while one is on the wire the
-    compiler may run the products of another. More parts mean smaller messages and smaller groups."""
-    token = _parts.set(parts)
+    compiler may run the products of another. More parts mean smaller messages and smaller groups. ragged: empty places
+    of the buffers do not travel."""
+    token = _exchange_by.set((parts, ragged))
     try:
         yield
     finally:
-        _parts.reset(token)
+        _exchange_by.reset(token)
 
 
 def run_experts(
@@ -112,7 +113,7 @@ def _on_device(experts, x, active, weights, sizes, activation, implementation):
     # their operands; and what was replicated gets its gradients summed by the transpose of this very cast.
     x, active, weights, experts = jax.tree.map(lambda a: vary(a, tuple(sizes)), (x, active, weights, experts))
     if (devices := sizes.get("expert", 1)) > 1:
-        parts = math.gcd(_parts.get(), len(x))
+        parts = math.gcd(_exchange_by.get()[0], len(x))
         done = [_travel(experts, *cut, devices, activation, implementation)
                 for cut in zip(*(jnp.split(a, parts) for a in (x, active, weights)), strict=True)]  # fmt: skip
         y = jnp.concatenate(done)
@@ -142,15 +143,16 @@ def _travel(experts, x, active, weights, devices, activation, implementation):
     slots = jnp.where(active < devices * local, slots, devices * room)
 
     buffer = _move(x, jnp.where(places < tokens * k, places // k, tokens), slots)
-    buffer = _exchange(buffer.reshape(devices, room, D), devices)
-    arrived = _exchange(counts, devices)  # [source device, local expert]
+    arrived = _exchange(counts)  # [source device, local expert]
+    received = arrived.sum(1)
+    buffer = _exchange_rows(buffer.reshape(devices, room, D), sent, received)
     # Every source sent its rows in the order of the experts: the expert of a row is how many ends lie before it.
     expert = (c[:, None] >= jnp.cumsum(arrived, 1)[:, None]).sum(-1, dtype=jnp.int32)  # [source device, slot]
     inner = dispatch(expert.reshape(-1, 1), local)
     sorted_rows = gather_rows(buffer.reshape(-1, D), inner)
     done, _ = expert_rows(experts, sorted_rows, inner.group_sizes, activation, implementation)
     done = _move(done, inner.inverse, inner.order[:, None])
-    done = _exchange(done.reshape(devices, room, D), devices).reshape(-1, D)
+    done = _exchange_rows(done.reshape(devices, room, D), received, sent).reshape(-1, D)
     copies = _move(done, slots.reshape(-1), places[:, None]).reshape(tokens, k, D)
     return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), copies.astype(jnp.float32))
 
@@ -174,9 +176,23 @@ def _move_backward(readers, dy):
 _move.defvjp(_move_forward, _move_backward)
 
 
-def _exchange(parts: Array, devices: int) -> Array:
+def _exchange(parts: Array) -> Array:
     """parts[p] goes to device p of the expert axis; what device p sent arrives at [p]."""
     return jax.lax.all_to_all(parts, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+
+def _exchange_rows(parts: Float[Array, "P room D"], sent: Int[Array, "P"], received: Int[Array, "P"]
+                   ) -> Float[Array, "P room D"]:
+    """`_exchange` of buffers of which the first sent[p] rows count, and arrive as the first received[p] rows of [p].
+    The others are zero on both sides."""
+    if not _exchange_by.get()[1]:
+        return _exchange(parts)
+    devices, room, D = parts.shape
+    flat = parts.reshape(-1, D)
+    starts = vary(room * jnp.arange(devices, dtype=jnp.int32), varying_axes(flat))
+    me = jnp.full_like(starts, room) * jax.lax.axis_index("expert")  # where my rows begin on every receiver
+    return jax.lax.ragged_all_to_all(flat, jnp.zeros_like(flat), starts, sent, me, received,
+                                     axis_name="expert").reshape(parts.shape)
 
 
 def _starts(sizes: Int[Array, "P"]) -> Int[Array, "P"]:

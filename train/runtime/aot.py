@@ -126,7 +126,7 @@ def compile_step(experiment: str, overrides: Sequence[str], topology: str) -> Co
         told = " ".join(str(error).split())[:200]
         raise UserError(f"libtpu does not know the topology {topology} ({told}); v5e:2x4 and v5p:4x4x4 work") from error
     mesh = make_mesh(config.mesh, devices)
-    with use_mesh(mesh, parts=config.mesh.parts), lowering_for("tpu"):
+    with use_mesh(mesh, parts=config.mesh.parts, ragged=config.mesh.ragged), lowering_for("tpu"):
         planned = load_function(config.plan)(config, mesh)
         start = time.monotonic()
         try:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError
-from jaxmodels.experts.parallel import exchange_in_parts
+from jaxmodels.experts.parallel import exchange
 from jaxmodels.layers.axes import axis_rules
 from train.settings import AXES, MeshConfig
 
@@ -86,8 +86,10 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: Mapping[str, Any] = RULES, *, parts: int = 1) -> Iterator[None]:
-    """Inside, models place their activations and spread their experts over `mesh`. (Not for style=pmap.) parts: see
-    `MeshConfig`."""
-    with jax.set_mesh(mesh), axis_rules(rules), exchange_in_parts(parts):
+def use_mesh(mesh: Mesh, rules: Mapping[str, Any] = RULES, *, parts: int = 1, ragged: bool = False) -> Iterator[None]:
+    """Inside, models place their activations and spread their experts over `mesh`. (Not for style=pmap.) parts, ragged:
+    see `MeshConfig`."""
+    if ragged and mesh.devices.flat[0].platform == "cpu":
+        raise UserError("mesh.ragged=True needs TPUs or GPUs: XLA cannot exchange ragged parts on CPU; leave it False")
+    with jax.set_mesh(mesh), axis_rules(rules), exchange(parts, ragged):
         yield
