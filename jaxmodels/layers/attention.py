@@ -15,6 +15,7 @@ from jaxmodels.taps import Probe
 
 NO_WINDOW = 2**30  # "sees everything": larger than any distance between two positions
 _MASKED = -1e30    # finite, so that the softmax of a padding row, which may see nothing, is not NaN
+_SCORES = 2**19    # at once on CPU where attention is not causal: 2 MiB of them
 _BLOCK = 128       # queries at once on CPU: their scores stay in the cache, and keys after the block are never read
 
 
@@ -99,13 +100,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: 
 
     causal: ``allowed`` lets query slot t see key slots s <= t only, the queries being T neighbours; the others are then
     not even read.
-    ``allowed`` may be [B, 1, S]. Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key head,
-    block of queries) at a time: the scores of all heads at once leave the cache and cost several times more.
+    Otherwise it may be [B, 1, S] as well. Fused unless ``attention.probability`` is tapped. On CPU one (sequence, key
+    head, block of queries) at a time: the scores of all heads at once leave the cache and cost several times more.
     """
     if probe.wants("attention.probability") or q.shape[1] == 1:
         return _attend_plain(q, k, v, allowed, probe)
-    by_head = functools.partial(_attend_by_head, causal=causal)
-    return jax.lax.platform_dependent(q, k, v, allowed, cpu=by_head, default=_attend_fused)
+    on_cpu = _attend_by_head if causal else _attend_in_blocks
+    return jax.lax.platform_dependent(q, k, v, allowed, cpu=on_cpu, default=_attend_fused)
 
 
 def _write(cache, new, at):
@@ -137,25 +138,65 @@ def _attend_plain(q, k, v, allowed, probe):
     return _by_token(jnp.einsum("xgts,xsh->xgth", p.astype(v.dtype), v), B)
 
 
-def _attend_by_head(q, k, v, allowed, causal):
+def _attend_by_head(q, k, v, allowed):
     B, T, _, H = q.shape
     K, S = k.shape[1:3]
     q, k, v = _by_key_head(q, k, v)
 
-    def one(i):
-        return jnp.concatenate([block(i, start, min(start + _BLOCK, T)) for start in range(0, T, _BLOCK)], axis=1)
+    # Heads are mapped over, not looked up by number: the gradient of a look-up adds an array of all heads for each head.
+    def one(head):
+        i, q, k, v = head
+        parts = []
+        for start in range(0, T, _BLOCK):
+            stop = min(start + _BLOCK, T)
+            # Query t is written at slot S - T + t at the latest, and later keys are not allowed.
+            seen = S - T + stop if causal else S
+            row = allowed[i // K] if allowed.shape[1] == 1 else allowed[i // K, start:stop]
+            parts.append(block(q[:, start:stop], k[:seen], v[:seen], row[:, :seen]))
+        return jnp.concatenate(parts, axis=1)
 
-    def block(i, start, stop):
-        # Query t is written at slot S - T + t at the latest, and later keys are not allowed.
-        seen = S - T + stop if causal else S
-        row = allowed[i // K] if allowed.shape[1] == 1 else allowed[i // K, start:stop]
-        scores = jnp.einsum("gth,sh->gts", q[i, :, start:stop], k[i, :seen], preferred_element_type=jnp.float32)
-        scores = jnp.where(row[:, :seen], scores * H ** -0.5, _MASKED)
+    @jax.checkpoint  # computing the scores again in the gradient is faster than fetching [B·N, T, S] of them
+    def block(q, k, v, row):
+        # One contracted axis, (g, t) as one: with two of them XLA transposes both factors of the gradient's products.
+        G, t = q.shape[:2]
+        scores = jnp.einsum("xh,sh->xs", q.reshape(G * t, H), k, preferred_element_type=jnp.float32)
+        scores = jnp.where(row, scores.reshape(G, t, -1) * H ** -0.5, _MASKED)
+        p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # any constant gives the same y
+        y = jnp.einsum("xs,sh->xh", p.reshape(G * t, -1).astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (y.reshape(G, t, H) / p.sum(-1, keepdims=True)).astype(v.dtype)
+
+    return _by_token(jax.lax.map(one, (jnp.arange(B * K), q, k, v)), B)
+
+
+def _attend_in_blocks(q, k, v, allowed):
+    """Both ways: a few key heads and a block of queries at a time."""
+    B, T, _, H = q.shape
+    K, S = k.shape[1:3]
+    q, k, v = _by_key_head(q, k, v)
+    shared = q.shape[1]
+    blocks = -(-T // min(max(_SCORES // S, 32), 2 * _BLOCK))
+    size = -(-T // blocks)
+    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * shared * size * S <= _SCORES))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * size - T), (0, 0))).reshape(-1, heads, shared, blocks * size, H)
+    k, v = k.reshape(-1, heads, S, H), v.reshape(-1, heads, S, H)
+    allowed = jnp.pad(allowed, ((0, 0), (0, 0 if allowed.shape[1] == 1 else blocks * size - T), (0, 0)))
+
+    # Else a gradient keeps the scores of all blocks after all: recomputing them is two to four times faster.
+    @jax.checkpoint
+    def one(i):
+        group, start = i // blocks, i % blocks * size
+        row = allowed[group // (K // heads)]
+        row = row if row.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(row, start, size)
+        queries = jax.lax.dynamic_slice_in_dim(q[group], start, size, axis=2)
+        scores = jnp.einsum("ngth,nsh->ngts", queries, k[group], preferred_element_type=jnp.float32)
+        scores = jnp.where(row, scores * H ** -0.5, _MASKED)
         p = jnp.exp(scores - scores.max(-1, keepdims=True))
-        y = jnp.einsum("gts,sh->gth", p.astype(v.dtype), v[i, :seen], preferred_element_type=jnp.float32)
+        y = jnp.einsum("ngts,nsh->ngth", p.astype(v.dtype), v[group], preferred_element_type=jnp.float32)
         return (y / p.sum(-1, keepdims=True)).astype(v.dtype)
 
-    return _by_token(jax.lax.map(one, jnp.arange(B * K)), B)
+    y = jax.lax.map(one, jnp.arange(q.shape[0] * blocks)).reshape(-1, blocks, heads, shared, size, H)
+    y = y.transpose(0, 2, 3, 1, 4, 5).reshape(B * K, shared, blocks * size, H)[:, :, :T]
+    return _by_token(y, B)
 
 
 def _attend_fused(q, k, v, allowed):
