@@ -1,11 +1,9 @@
 """Pre-training a language model from random weights: data, model, loop, and what is left when it is done."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +16,7 @@ from jaxmodels.decoder.generate import Sampling, generate
 from jaxmodels.decoder.model import Decoder
 from jaxmodels.errors import UserError
 from jaxmodels.hub.tokenizer import Tokenizer
+from train import experiment
 from train.data import bpe, packing, records
 from train.data.pipeline import Batches
 from train.data.python_source import documents
@@ -27,11 +26,10 @@ from train.pretrain_config import PretrainConfig
 from train.quantize import quantize
 from train.runtime import flops, loop
 from train.runtime.aot import Planned
-from train.runtime.config import config_hash
-from train.runtime.mesh import batch_sharding, check_batch, make_mesh, replicated, use_mesh
+from train.runtime.mesh import check_batch, make_mesh
 from train.runtime.run_folder import RunFolder
-from train.runtime.state import Blueprint, State, blueprint, path_text
-from train.runtime.step import TrainStep, make_step
+from train.runtime.state import Blueprint, State, blueprint
+from train.runtime.step import TrainStep
 
 PROMPTS = ("def ", "import os\n\n", "class ", '    """Return ', "for i in range(", "if __name__ == ")
 FIELDS = ("tokens", "segments", "bytes")
@@ -52,12 +50,7 @@ def run(cfg: PretrainConfig, folder: RunFolder) -> None:
         plan, train_step(cfg, plan, decoder), batches, batch_shapes(cfg), cfg.data.batch * cfg.data.length,
         flops.train_flops_per_token(decoder, cfg.data.length) * cfg.data.batch * cfg.data.length,
         make_evaluation(cfg, plan, decoder, mesh, data))
-    if cfg.loop.style == "pmap":
-        trained = loop.train(folder, cfg.loop, task, mesh)
-    else:
-        with use_mesh(mesh, parts=cfg.mesh.parts, ragged=cfg.mesh.ragged):
-            trained = loop.train(folder, cfg.loop, task, mesh)
-    finish(cfg, folder, plan, decoder, tokenizer, trained)
+    finish(cfg, folder, plan, decoder, tokenizer, experiment.train(cfg, folder, task, mesh))
 
 
 def make_plan(cfg: PretrainConfig, decoder: DecoderConfig, mesh: Mesh) -> Blueprint:
@@ -86,15 +79,10 @@ def batch_shapes(cfg: PretrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def plan_step(cfg: PretrainConfig, mesh: Mesh) -> Planned:
     """The step that `run` would run on `mesh`, lowered and not compiled; reads no data."""
-    check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     decoder = cfg.model.decoder(cfg.data.vocab_size, cfg.data.length)
     plan = make_plan(cfg, decoder, mesh)
-    step = make_step(train_step(cfg, plan, decoder), plan, mesh, cfg.loop.style)
-    lowered = step.lower(
-        plan.abstract, loop.abstract_batch(batch_shapes(cfg), mesh, cfg.loop.accumulate))
-    tokens = cfg.data.batch * cfg.data.length
-    parameters = {path_text(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(plan.abstract["params"])}
-    return Planned(lowered, parameters, flops.train_flops_per_token(decoder, cfg.data.length) * tokens, tokens)
+    return experiment.plan_step(cfg, plan, train_step(cfg, plan, decoder), batch_shapes(cfg),
+                                flops.train_flops_per_token(decoder, cfg.data.length), mesh)
 
 
 # Data
@@ -103,16 +91,7 @@ def plan_step(cfg: PretrainConfig, mesh: Mesh) -> Planned:
 def prepare_data(cfg: PretrainConfig, folder: RunFolder) -> Path:
     """Tokenizer and packed records, in a ``data-*`` folder of the run (or its sweep); made once a disk."""
     about = {"seed": cfg.seed, **{key: getattr(cfg.data, key) for key in ("source", "vocab_size", "length")}}
-    data = folder.shared / f"data-{config_hash(about)}"
-    if jax.process_index() == 0 and not records.is_prepared(data):
-        _prepare(cfg, folder, data)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("data prepared")
-        if not records.is_prepared(data):  # a host with a disk of its own: the same texts give the same files
-            _prepare(cfg, folder, data)
-    return data
+    return experiment.prepared(folder, about, functools.partial(_prepare, cfg, folder))
 
 
 def _prepare(cfg: PretrainConfig, folder: RunFolder, data: Path) -> None:
@@ -135,45 +114,25 @@ def _prepare(cfg: PretrainConfig, folder: RunFolder, data: Path) -> None:
 
 def open_batches(cfg: PretrainConfig, data: Path, split: str) -> Batches:
     """This process's part of every global batch; the validation part in its own order, once."""
-    source = records.open_records(data, split)
-    train = split == "train"
-    return Batches(source, seed=cfg.seed, global_batch=cfg.data.batch, shuffle=train, epochs=None if train else 1,
-                   process_index=jax.process_index(), process_count=jax.process_count(),
-                   name=f"{cfg.data.source}/{split}", files=source.files)
+    return experiment.open_batches(cfg, data, split, f"{cfg.data.source}/{split}")
 
 
 def make_evaluation(cfg: PretrainConfig, plan: Blueprint, decoder: DecoderConfig, mesh: Mesh, data: Path
                     ) -> Callable[[State, Callable[[], None]], dict[str, float]]:
     """(state, check) -> validation_loss, validation_bits_per_byte, validation_accuracy over the held-out packages."""
-    objective = LanguageModel(decoder, cfg.balance)
     rows = len(records.open_records(data, "validation"))
     count = min(rows, cfg.data.validation_rows) // cfg.data.batch
     if count == 0:
         raise UserError(f"the validation part has {rows} rows, less than data.batch={cfg.data.batch}; lower data.batch")
 
-    def score(params: Any, rest: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        sums = objective.loss(nnx.merge(plan.graphdef, nnx.State(params), nnx.State(rest)), batch, None)[1]
-        return {name: sums[name] for name in ("weight", "nll", "correct", "bytes")}
-
-    if cfg.loop.style == "pmap":
-        compiled, put = jax.jit(score), lambda a: a
-    else:
-        compiled = jax.jit(score, out_shardings=replicated(mesh))
-        put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-
-    def evaluate(state: State, check: Callable[[], None]) -> dict[str, float]:
-        total = dict.fromkeys(("weight", "nll", "correct", "bytes"), 0.0)
-        with contextlib.closing(open_batches(cfg, data, "validation")) as batches:
-            for _, batch in zip(range(count), batches, strict=False):
-                check()
-                placed = {name: put(batch[name]) for name in FIELDS}
-                sums = jax.device_get(compiled(state["params"], state["rest"], placed))
-                total = {name: total[name] + float(sums[name]) for name in total}
+    def numbers(total: dict[str, float]) -> dict[str, float]:
         return {"validation_loss": total["nll"] / total["weight"],
                 "validation_bits_per_byte": total["nll"] / math.log(2) / total["bytes"],
                 "validation_accuracy": total["correct"] / total["weight"]}
 
-    return evaluate
+    return experiment.evaluator(cfg, plan, mesh, LanguageModel(decoder, cfg.balance),
+                                ("weight", "nll", "correct", "bytes"), FIELDS,
+                                lambda: open_batches(cfg, data, "validation"), count, numbers)
 
 
 # The end
@@ -182,30 +141,19 @@ def make_evaluation(cfg: PretrainConfig, plan: Blueprint, decoder: DecoderConfig
 def finish(cfg: PretrainConfig, folder: RunFolder, plan: Blueprint, decoder: DecoderConfig, tokenizer: Tokenizer,
            trained: loop.Trained) -> None:
     """Writes the model, its samples and the numbers of the run."""
-    params, rest = _on_host(trained.state["params"]), _on_host(trained.state["rest"])
+    model = experiment.model_on_host(plan, trained.state)
     if jax.process_index() != 0:
         return
-    model = nnx.merge(plan.graphdef, nnx.State(params), nnx.State(rest))
     jaxmodels.save(model, folder.dir / "model", extra_files=tokenizer.files(), overwrite=True)
     texts = write_samples(cfg, jaxmodels.load(folder.dir / "model", scan_layers=False), tokenizer)
     last = [line for line in folder.metrics() if "validation_loss" in line][-1]
-    tokens = trained.step * cfg.data.batch * cfg.data.length
     results = {name: last[name] for name in
                ("validation_loss", "validation_bits_per_byte", "validation_accuracy", "loss", "bits_per_byte")}
     results |= {k: v for k, v in last.items() if k.startswith("router.") and not isinstance(v, list)}
-    results |= {
-        "steps": trained.step, "tokens": tokens, "skipped_steps": last["skipped"],
-        "parameters": sum(int(np.size(p)) for p in jax.tree.leaves(params)),
-        "active_parameters": flops.active_matmul_parameters(decoder),
-        "flops_per_token": flops.train_flops_per_token(decoder, cfg.data.length),
-        "goodput": trained.goodput["goodput"], "devices": jax.device_count(), **loop.step_time(trained.step_seconds),
-        "samples": texts, "finished": True,
-    }
-    if "step_seconds_median" in results:
-        results["tokens_per_second"] = cfg.data.batch * cfg.data.length / results["step_seconds_median"]
-        share = flops.mfu(results["flops_per_token"] * cfg.data.batch * cfg.data.length,
-                          results["step_seconds_median"], jax.device_count(), jax.devices()[0])
-        results |= {"mfu": share} if share is not None else {}
+    results |= experiment.run_numbers(trained, nnx.state(model, nnx.Param), cfg.data.batch * cfg.data.length,
+                                      flops.train_flops_per_token(decoder, cfg.data.length))
+    results |= {"active_parameters": flops.active_matmul_parameters(decoder), "skipped_steps": last["skipped"],
+                "samples": texts, "finished": True}
     folder.write_results(results)
 
 
@@ -219,11 +167,3 @@ def write_samples(cfg: PretrainConfig, model: Decoder, tokenizer: Tokenizer) -> 
     rows = generate(model, ids, min(room, 160), sampling=Sampling(temperature=0.8, top_p=0.95), seed=cfg.seed,
                     stop_ids=(0,))
     return [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows, strict=True)]
-
-
-def _on_host(tree: Any) -> Any:
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)

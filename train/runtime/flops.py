@@ -52,6 +52,16 @@ def train_flops_per_token(cfg: DecoderConfig, length: int) -> float:
     return 3 * forward_flops_per_token(cfg, length)
 
 
+def encoder_train_flops_per_token(cfg: Any, keys: float) -> float:
+    """Forward and backward of an ESM encoder with its masked-LM head, a token; keys: how many a query sees on average.
+
+    3 · (24·D²·L + 4·keys·D·L + 2·D·V) for F = 4D (NVIDIA BioNeMo), and the head's square matrix, 3 · 2·D².
+    """
+    D, V = cfg.d_model, cfg.vocab_size
+    layers = sum(8 * D * D + 4 * D * width + 4 * keys * D for width in cfg.ffn_widths)
+    return 3 * (layers + 2 * D * (D + V if cfg.lm_head else 0))
+
+
 def mfu(flops: float, seconds: float, devices: int, device: Any) -> float | None:
     """Share of the devices' dense bf16 peak; None for an unknown device."""
     top = peak(device)
