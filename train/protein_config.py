@@ -48,7 +48,7 @@ class ProteinDataConfig:
     source: str = "uniprot20k"  # or path:FILE, a FASTA file of your own
     length: int = 512  # tokens of a row; several proteins share one
     crop: int = 1022  # residues; longer proteins are read in pieces (and those longer than length - 2)
-    batch: int = 16  # rows of a step, over all devices
+    batch: int = 8  # rows of a step, over all devices
     limit: int | None = None  # proteins that are read at most, for trying things out
     validation_rows: int = 256  # rows of held-out families that every evaluation reads, or all there are
 
@@ -68,9 +68,9 @@ class ProteinPretrainConfig:
     data: ProteinDataConfig = ProteinDataConfig()
     masking: MaskingConfig = MaskingConfig()
     # Lin et al. 2023: 4e-4, beta2 0.98, decay 0.01, for 500,000 updates; a short run of a small model wants more
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, beta2=0.98, weight_decay=0.01)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1.5e-3, beta2=0.98, weight_decay=0.01)
     mesh: MeshConfig = MeshConfig()
-    loop: LoopConfig = LoopConfig(steps=1500, evaluate_every=250, save_every=250)
+    loop: LoopConfig = LoopConfig(steps=3000, evaluate_every=500, save_every=250)
     seed: int = 0
     entry: str = "train.protein_pretrain:run"
     report: str = "analysis.training_report:build"
