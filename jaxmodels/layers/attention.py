@@ -143,60 +143,59 @@ def _attend_by_head(q, k, v, allowed):
     K, S = k.shape[1:3]
     q, k, v = _by_key_head(q, k, v)
 
-    # Heads are mapped over, not looked up by number: the gradient of a look-up adds an array of all heads for each head.
+    # Heads are mapped over, not looked up by number: the gradient of a look-up adds an array of all heads for each one.
     def one(head):
         i, q, k, v = head
         parts = []
         for start in range(0, T, _BLOCK):
             stop = min(start + _BLOCK, T)
-            # Query t is written at slot S - T + t at the latest, and later keys are not allowed.
-            seen = S - T + stop if causal else S
-            row = allowed[i // K] if allowed.shape[1] == 1 else allowed[i // K, start:stop]
-            parts.append(block(q[:, start:stop], k[:seen], v[:seen], row[:, :seen]))
+            seen = S - T + stop  # query t is written at slot S - T + t at the latest, and later keys are not allowed
+            parts.append(_block(q[:, start:stop], k[:seen], v[:seen], allowed[i // K, start:stop, :seen]))
         return jnp.concatenate(parts, axis=1)
-
-    @jax.checkpoint  # computing the scores again in the gradient is faster than fetching [B·N, T, S] of them
-    def block(q, k, v, row):
-        # One contracted axis, (g, t) as one: with two of them XLA transposes both factors of the gradient's products.
-        G, t = q.shape[:2]
-        scores = jnp.einsum("xh,sh->xs", q.reshape(G * t, H), k, preferred_element_type=jnp.float32)
-        scores = jnp.where(row, scores.reshape(G, t, -1) * H ** -0.5, _MASKED)
-        p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # any constant gives the same y
-        y = jnp.einsum("xs,sh->xh", p.reshape(G * t, -1).astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (y.reshape(G, t, H) / p.sum(-1, keepdims=True)).astype(v.dtype)
 
     return _by_token(jax.lax.map(one, (jnp.arange(B * K), q, k, v)), B)
 
 
 def _attend_in_blocks(q, k, v, allowed):
-    """Both ways: a few key heads and a block of queries at a time."""
+    """Both ways: a few key heads and a block of queries at a time, as many scores as stay in the cache."""
     B, T, _, H = q.shape
     K, S = k.shape[1:3]
     q, k, v = _by_key_head(q, k, v)
-    shared = q.shape[1]
+    G = q.shape[1]
     blocks = -(-T // min(max(_SCORES // S, 32), 2 * _BLOCK))
     size = -(-T // blocks)
-    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * shared * size * S <= _SCORES))
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * size - T), (0, 0))).reshape(-1, heads, shared, blocks * size, H)
+    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * G * size * S <= _SCORES))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, blocks * size - T), (0, 0)))
+    q = q.reshape(-1, heads, G, blocks, size, H).transpose(0, 3, 1, 2, 4, 5)  # [groups, blocks, heads, G, size, H]
     k, v = k.reshape(-1, heads, S, H), v.reshape(-1, heads, S, H)
-    allowed = jnp.pad(allowed, ((0, 0), (0, 0 if allowed.shape[1] == 1 else blocks * size - T), (0, 0)))
+    one_row = allowed.shape[1] == 1
+    if not one_row:
+        allowed = jnp.pad(allowed, ((0, 0), (0, blocks * size - T), (0, 0)))
+    allowed = allowed.reshape(B, -1, 1 if one_row else size, S)  # [B, blocks or 1, size or 1, S]
 
-    # Else a gradient keeps the scores of all blocks after all: recomputing them is two to four times faster.
-    @jax.checkpoint
-    def one(i):
-        group, start = i // blocks, i % blocks * size
-        row = allowed[group // (K // heads)]
-        row = row if row.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(row, start, size)
-        queries = jax.lax.dynamic_slice_in_dim(q[group], start, size, axis=2)
-        scores = jnp.einsum("ngth,nsh->ngts", queries, k[group], preferred_element_type=jnp.float32)
-        scores = jnp.where(row, scores * H ** -0.5, _MASKED)
-        p = jnp.exp(scores - scores.max(-1, keepdims=True))
-        y = jnp.einsum("ngts,nsh->ngth", p.astype(v.dtype), v[group], preferred_element_type=jnp.float32)
-        return (y / p.sum(-1, keepdims=True)).astype(v.dtype)
+    def one(group):
+        i, q, k, v = group
+        rows = jnp.broadcast_to(allowed[i // (K // heads)], (blocks, *allowed.shape[2:]))
+        several = jax.vmap(_block, in_axes=(0, 0, 0, None))
+        if blocks == 1:
+            return several(q[0], k, v, rows[0])[None]
+        return jax.lax.map(lambda block: several(block[0], k, v, block[1]), (q, rows))
 
-    y = jax.lax.map(one, jnp.arange(q.shape[0] * blocks)).reshape(-1, blocks, heads, shared, size, H)
-    y = y.transpose(0, 2, 3, 1, 4, 5).reshape(B * K, shared, blocks * size, H)[:, :, :T]
+    y = jax.lax.map(one, (jnp.arange(q.shape[0]), q, k, v))
+    y = y.transpose(0, 2, 3, 1, 4, 5).reshape(B * K, G, blocks * size, H)[:, :, :T]
     return _by_token(y, B)
+
+
+@jax.checkpoint  # computing the scores again in the gradient is faster than fetching [B·N, T, S] of them
+def _block(q, k, v, row):
+    """One key head: q [G, t, H], k and v [S, H], row bool[t, S] or [1, S] -> [G, t, H]."""
+    # One contracted axis, (g, t) as one: with two of them XLA transposes both factors of the gradient's products.
+    G, t, H = q.shape
+    scores = jnp.einsum("xh,sh->xs", q.reshape(G * t, H), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(row, scores.reshape(G, t, -1) * H ** -0.5, _MASKED)
+    p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # any constant gives the same y
+    y = jnp.einsum("xs,sh->xh", p.reshape(G * t, -1).astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (y.reshape(G, t, H) / p.sum(-1, keepdims=True)).astype(v.dtype)
 
 
 def _attend_fused(q, k, v, allowed):
