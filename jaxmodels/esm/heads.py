@@ -48,6 +48,27 @@ class ContactHead(nnx.Module):
         self.bias = param(rngs, (1,), (None,), value=0.0, dtype=dtype)
 
 
+def corrected_maps(attention: jax.Array, keep: jax.Array) -> jax.Array:
+    """Attention maps [B, N, T, T] made symmetric, less what rows and columns explain (the average product correction of
+    Dunn et al. 2008): float32[B, N, T-2, T-2]. Every row sums to 0.
+
+    keep: bool[B, T], residues and <cls>; the first and last position of the *batch* are cut off, as the reference does.
+    """
+    keep = keep[:, None, :, None] & keep[:, None, None, :]
+    maps = jnp.where(keep, attention.astype(jnp.float32), 0)[..., 1:-1, 1:-1]
+    maps = maps + maps.swapaxes(-1, -2)
+    row, column = maps.sum(-1, keepdims=True), maps.sum(-2, keepdims=True)
+    total = row.sum(-2, keepdims=True)
+    return maps - row * column / jnp.where(total == 0, 1, total)  # 0: a row of padding
+
+
+def contact_evidence(weight: jax.Array, keep: jax.Array, attention: jax.Array, mask: jax.Array) -> jax.Array:
+    """One layer's part of the regression, weight [N]: float32[B, T-2, T-2]; reduces ``attention.probability``."""
+    del mask  # of tokens; keep leaves out <eos> too
+    return jnp.einsum("bnts,n->bts", corrected_maps(attention, keep), weight.astype(jnp.float32),
+                      precision=jax.lax.Precision.HIGHEST)
+
+
 def pool(hidden: jax.Array, how: str, mask: jax.Array, residues: jax.Array, segments: jax.Array | None = None,
          num_segments: int | None = None) -> jax.Array:
     """One vector a protein: hidden [B, T, D] -> float32[B, D], or [B, S, D] for the segments 1..S of packed rows.

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxmodels.errors import UserError
 from jaxmodels.esm.config import EsmConfig
-from jaxmodels.esm.heads import Classifier, ContactHead, LMHead, pool
+from jaxmodels.esm.heads import Classifier, ContactHead, LMHead, contact_evidence, pool
 from jaxmodels.layers import stack
 from jaxmodels.layers.attention import Attention, Context
 from jaxmodels.layers.axes import constrain
@@ -107,8 +107,11 @@ class Esm(nnx.Module):
         return _run(graphdef, state, tokens, mask, segments, positions, soft, taps, output, num_segments)
 
     def forward(self, tokens=None, mask=None, segments=None, positions=None, soft=None, taps: Taps = NO_TAPS,
-                output="logits", num_segments: int | None = None):
-        """The pure forward pass, for use inside other transforms. Returns (output, aux)."""
+                output="logits", num_segments: int | None = None, start: tuple[jax.Array, jax.Array] | None = None):
+        """The pure forward pass, for use inside other transforms. Returns (output, aux).
+
+        start: (layer, what enters it [B, T, D]), see ``stack.run_from``: layers before it are left out.
+        """
         cfg = self.cfg
         taps.check(POINTS, cfg.num_layers)
         self._check_output(output, segments, num_segments)
@@ -121,8 +124,11 @@ class Esm(nnx.Module):
         positions, context = make_context(cfg, mask, tokens, segments, positions)
         probe = stack.embedding_probe(taps, mask)
         x = probe("embedding", self.embed_tokens(tokens, mask, segments, positions, soft).astype(cfg.dtype))
-        x, aux, _ = stack.run(self.groups, cfg, x, context, taps, mask)
-        aux.update(probe.out)
+        if start is None:
+            x, aux, _ = stack.run(self.groups, cfg, x, context, taps, mask)
+            aux.update(probe.out)
+        else:
+            x, aux = stack.run_from(self.groups, cfg, *start, context, taps, mask), {}
         if output == "none":
             return None, aux
         x = constrain(x, "batch", None, None)
@@ -131,6 +137,19 @@ class Esm(nnx.Module):
             residues = mask & (tokens != cfg.cls_id) & (tokens != cfg.eos_id)
             return self.classifier(pool(x, cfg.pool, mask, residues, segments, num_segments)), aux
         return (x if output == "hidden" else self.unembed(x)), aux
+
+    def contacts(self, tokens: Int[Any, "B T"], mask: Bool[Any, "B T"] | None = None) -> Float[Array, "B T-2 T-2"]:
+        """Probability that two residues touch: float32[B, T-2, T-2], for ``tokens`` with <cls> and <eos>.
+
+        Of a row shorter than the batch, the residues come first and the rest means nothing. The attention maps of one
+        layer at a time are in memory. Raises UserError for a model without a contact head and for rows without room
+        for a residue.
+        """
+        if self.contact_head is None:
+            raise UserError("this model has no contact head; load it with contact_head=True for a fresh one")
+        _check_ids(tokens, self.cfg)
+        graphdef, state = nnx.split(self)
+        return _contacts(graphdef, state, tokens, mask)
 
     def embed_tokens(self, tokens, mask, segments, positions, soft=None) -> jax.Array:
         """What enters the first layer: float32[B, T, D]."""
@@ -179,6 +198,20 @@ class Esm(nnx.Module):
 def _run(graphdef, state, tokens, mask, segments, positions, soft, taps, output, num_segments):
     model = nnx.merge(graphdef, state)
     return model.forward(tokens, mask, segments, positions, soft, taps, output, num_segments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _contacts(graphdef, state, tokens, mask):
+    model = nnx.merge(graphdef, state)
+    tokens, _ = _check_inputs(tokens, None, model.cfg)
+    if tokens.shape[1] < 3:
+        raise UserError(f"rows of {tokens.shape[1]} tokens have no residue; <cls>, residues and <eos> are needed")
+    mask = tokens != model.cfg.pad_id if mask is None else jnp.asarray(mask, bool)
+    weight = model.contact_head.weight[...].reshape(model.cfg.num_layers, -1)  # layer by layer, head by head
+    evidence = jax.tree_util.Partial(contact_evidence, weight, (mask & (tokens != model.cfg.eos_id))[None])
+    _, aux = model.forward(tokens, mask, taps=Taps(reduce={"attention.probability": evidence}), output="none")
+    bias = model.contact_head.bias[...].astype(jnp.float32)
+    return jax.nn.sigmoid(aux["attention.probability"].sum(0) + bias)
 
 
 def make_context(cfg: EsmConfig, mask, tokens, segments=None, positions=None):
