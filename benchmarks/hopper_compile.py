@@ -1,11 +1,12 @@
 """The Hopper kernels of the grouped products, lowered and, where the CUDA plug-in is installed, compiled for sm_90a.
 
-    python -m benchmarks.hopper_compile [--shapes NAME,...] [--dtype bfloat16] [--out FILE]
+    python -m benchmarks.hopper_compile [--shapes NAME,...] [--products glu,...] [--dtype bfloat16]
+        [--activation silu] [--out FILE]
 
 Needs neither GPU nor driver: pip install "jax[cuda13]" absl-py (4.6 GB), and do not set JAX_PLATFORMS. Without the
 plug-in it only lowers. Shapes: the first product of each layer of moe_split.md 8.1, the second where its sides differ
-much. Registers and spills are ptxas's, shared bytes what the configuration reckons with. A compile says nothing about
-speed.
+much. "glu" is gate and up with the activation, "glu_kept" stores both products as well. Registers and spills are
+ptxas's, shared bytes what the configuration reckons with. A compile says nothing about speed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Read when jax starts: the driver's version would be checked, and ptxas's words about each kernel printed.
@@ -40,7 +41,7 @@ POINTS = [
     *(Point(decode("Qwen3-235B-A22B", tokens)) for tokens in (1, 16, 128)),
 ]
 SHAPES = {point.name: point.shape for point in POINTS}  # M, K, N, G
-PRODUCTS = ("forward", "dx", "dw")
+PRODUCTS = ("forward", "dx", "dw", "glu", "glu_kept")
 COLUMNS = ("shape", "product", "tile", "stages", "lowered", "compiled", "shared bytes", "registers", "spill bytes",
            "side bytes", "seconds")  # fmt: skip
 
@@ -58,20 +59,28 @@ device_description_str: "sm_90"
 """
 
 
-def main(out: str | None = None, shapes: str | None = None, dtype: str = "bfloat16") -> bool:
+def main(
+    out: str | None = None, shapes: str | None = None, dtype: str = "bfloat16", products: str | None = None,
+    activation: str = "silu",
+) -> bool:  # fmt: skip
     """Prints the table and writes ``out``; False when something did not lower or compile. About 5 s a product."""
     check_out(out)
-    names = list(SHAPES) if shapes is None else shapes.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise UserError(f"shape {name!r} is unknown; choose from {', '.join(SHAPES)}")
+    names, kinds = _chosen("shape", shapes, SHAPES), _chosen("product", products, PRODUCTS)
     device, why = _h100()
-    rows = [_row(name, product, dtype, device) for name in names for product in PRODUCTS]
+    rows = [_row(name, product, dtype, activation, device) for name in names for product in kinds]
     notes = ["side bytes: what the compiled program needs beside operands and result"]
     if why:
         notes.append(f"not compiled: {why}")
     publish(f"Hopper grouped products, {dtype}", rows, COLUMNS, machine(()), notes, out)
     return not any("failed" in str(row.get(key)) for row in rows for key in ("lowered", "compiled"))
+
+
+def _chosen(what: str, words: str | None, known: Iterable[str]) -> list[str]:
+    names = list(known) if words is None else words.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")
+    return names
 
 
 def _h100() -> tuple[Any, str | None]:
@@ -81,20 +90,24 @@ def _h100() -> tuple[Any, str | None]:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def _row(name: str, product: str, dtype: str, device: Any) -> dict[str, Any]:
+def _row(name: str, product: str, dtype: str, activation: str, device: Any) -> dict[str, Any]:
     rows, k, n, groups = SHAPES[name]
     width = k if product == "dx" else n
-    config = hopper.default_config(width, blocks=hopper.MULTIPROCESSORS)
+    weights = 2 if product.startswith("glu") else 1
+    config = hopper.default_config(width, blocks=hopper.MULTIPROCESSORS, weights=weights)
     row = {"shape": name, "product": product, "tile": f"128x{config.columns}x64", "stages": config.stages,
-           "M, K, N, G": SHAPES[name], "shared bytes": config.shared_bytes()}  # fmt: skip
+           "M, K, N, G": SHAPES[name], "shared bytes": config.shared_bytes(weights)}  # fmt: skip
     sharding = device and NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
     array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     x, w, dy, sizes = array(rows, k), array(groups, k, n), array(rows, n), array(groups, dtype=jnp.int32)
     matmul = functools.partial(hopper.matmul, out_dtype=dtype, config=config)
+    glu = functools.partial(hopper.glu, activation=activation, config=config)
     function, operands = {
         "forward": (functools.partial(matmul, transpose_w=False), (x, w, sizes)),
         "dx": (functools.partial(matmul, transpose_w=True), (dy, w, sizes)),
         "dw": (functools.partial(hopper.outer, out_dtype=dtype, config=config), (x, dy, sizes)),
+        "glu": (functools.partial(glu, keep=False), (x, w, w, sizes)),
+        "glu_kept": (functools.partial(glu, keep=True), (x, w, w, sizes)),
     }[product]
     started = time.perf_counter()
     try:
@@ -147,5 +160,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="a JSON file for the table")
     parser.add_argument("--shapes", help=f"comma-separated, of: {', '.join(SHAPES)}")
+    parser.add_argument("--products", help=f"comma-separated, of: {', '.join(PRODUCTS)}")
+    parser.add_argument("--activation", default="silu", choices=("silu", "relu", "gelu", "gelu_tanh"))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     sys.exit(0 if main(**vars(parser.parse_args())) else 1)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from glu_reference import ACTS, check_glu, draw_glu
 
 from benchmarks.hopper_compile import SHAPES
 from jaxmodels.errors import UserError
@@ -213,11 +214,15 @@ def test_no_races_and_nothing_uninitialised():
         y = hopper.matmul(x, w, int32(sizes), transpose_w=False, out_dtype=x.dtype, **common)
         dx = hopper.matmul(dy, w, int32(sizes), transpose_w=True, out_dtype=x.dtype, **common)
         dw = hopper.outer(x, dy, int32(sizes), out_dtype=jnp.float32, **common)
+        h, g, u = hopper.glu(x, w, w, int32(sizes), activation="relu", keep=True, **common)
     finally:
         reset()
     for value, expected in zip((y, dx, dw), numpy_products(x, w, dy, sizes), strict=True):
         close(value, expected, 2.5e-3)
     assert not np.asarray(y)[97:].any() and not np.asarray(dw)[1].any()
+    assert np.array_equal(g, y) and np.array_equal(u, y)
+    g = np.asarray(g, np.float64)
+    close(h, np.maximum(g, 0) * g, 1e-2)
 
 
 @needs_new
@@ -234,6 +239,50 @@ def test_wide_tiles_and_several_bands(interpreted):
     close(grouped_outer(x, dy, int32(sizes), **common), dw, 2e-6)
 
 
+@pytest.fixture
+def glu_interpreted():
+    """`hopper.glu` under the interpreter, compiled for one activation."""
+
+    def compiled(activation, keep, config=SMALL):
+        run = functools.partial(hopper.glu, activation=activation, keep=keep, config=config, interpret=interpreter())
+        return jax.jit(run)
+
+    yield compiled
+    reset()
+
+
+# A second half that slides back, rows past the last group; one group with all rows.
+@pytest.mark.parametrize("activation, keep, sizes", [("gelu", True, [0, 3, 70, 0]), ("silu", False, [0, 0, 76, 0])])
+def test_glu_under_the_interpreter(glu_interpreted, activation, keep, sizes):
+    x, gate, up = draw_glu(np.random.default_rng(10), 76, 72, 40, 4, jnp.bfloat16)
+    check_glu(glu_interpreted(activation, keep), x, gate, up, sizes, activation, 2.5e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype, limit", [(jnp.bfloat16, 2.5e-3), (jnp.float16, 5e-4)])
+@pytest.mark.parametrize("activation", list(ACTS))
+def test_glu_of_wide_tiles_and_many_groups(glu_interpreted, activation, dtype, limit):
+    x, gate, up = draw_glu(np.random.default_rng(11), 284, 136, 200, len(SIZES), dtype)
+    config = hopper.Config(columns=256, stages=3, band=2, blocks=3)  # the forward product's: half as wide for two
+    kept, alone = (glu_interpreted(activation, keep, config) for keep in (True, False))
+    for sizes in (SIZES, 284 * np.eye(9, dtype=int)[3], np.zeros(9, int), np.ones(9, int)):
+        h, g, u = check_glu(kept, x, gate, up, sizes, activation, limit)
+        assert h.dtype == g.dtype == u.dtype == dtype
+        assert np.array_equal(h, check_glu(alone, x, gate, up, sizes, activation, limit)[0])
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_bad_values_of_a_glu_stay_in_their_group(glu_interpreted):
+    x, gate, up = draw_glu(np.random.default_rng(12), 90, 64, 64, 4, jnp.bfloat16)
+    sizes, others = int32([35, 4, 0, 40]), np.r_[0:35, 39:90]
+    run = glu_interpreted("silu", True)
+    clean = run(x, gate, up, sizes)
+    spoiled = run(x.at[36].set(jnp.nan), gate.at[1, 3].set(jnp.nan), up.at[1, 5].set(jnp.inf), sizes)
+    for before, after in zip(clean, spoiled, strict=True):
+        assert np.array_equal(before[others], after[others]) and not np.isfinite(np.asarray(after[36])).any()
+
+
 FEW = ("DeepSeek-V3", "gpt-oss-20b")
 
 
@@ -246,6 +295,7 @@ def test_lowers_for_cuda(name):
         (lambda x, w, sizes: hopper.matmul(x, w, sizes, transpose_w=False, out_dtype=x.dtype), x, w),
         (lambda dy, w, sizes: hopper.matmul(dy, w, sizes, transpose_w=True, out_dtype=dy.dtype), dy, w),
         (lambda x, dy, sizes: hopper.outer(x, dy, sizes, out_dtype=jnp.float32), x, dy),
+        (lambda x, w, sizes: hopper.glu(x, w, w, sizes, activation="gelu", keep=True), x, w),
     )
     for product, left, right in products:
         text = jax.jit(product).trace(left, right, sizes).lower(lowering_platforms=("cuda",)).as_text()
@@ -266,6 +316,7 @@ def test_copies_begin_where_tiles_do(monkeypatch):
         (lambda x, w, sizes: hopper.matmul(x, w, sizes, transpose_w=False, out_dtype=x.dtype), x, w),
         (lambda dy, w, sizes: hopper.matmul(dy, w, sizes, transpose_w=True, out_dtype=dy.dtype), dy, w),
         (lambda x, dy, sizes: hopper.outer(x, dy, sizes, out_dtype=jnp.float32), x, dy),
+        (lambda x, w, sizes: hopper.glu(x, w, w, sizes, activation="silu", keep=True), x, w),
     )
     for product, left, right in products:
         jax.jit(product).trace(left, right, sizes).lower(lowering_platforms=("cuda",))
@@ -286,7 +337,8 @@ def test_lowers_inside_shard_map_and_vmap():
         w = jax.lax.pcast(w, ("rows",), to="varying")
         y = hopper.matmul(x, w, sizes.reshape(-1), transpose_w=False, out_dtype=x.dtype)
         dw = hopper.outer(x, dy, sizes.reshape(-1), out_dtype=jnp.float32)
-        return jax.lax.psum(y.astype(jnp.float32).sum() + dw.sum(), "rows")
+        h = hopper.glu(x, w, w, sizes.reshape(-1), activation="gelu_tanh", keep=False)
+        return jax.lax.psum(y.astype(jnp.float32).sum() + dw.sum() + h.astype(jnp.float32).sum(), "rows")
 
     mapped = jax.shard_map(loss, mesh=mesh, in_specs=(cut, whole, cut, cut), out_specs=whole)
     assert "mosaic_gpu" in jax.jit(mapped).trace(x, w, dy, sizes).lower(lowering_platforms=("cuda",)).as_text()
@@ -299,6 +351,12 @@ def test_config_and_defaults():
     for n, columns in ((2880, 192), (2048, 256), (7168, 256), (1536, 256), (768, 256), (128, 128), (8, 64)):
         config = hopper.default_config(n)
         assert config.columns == columns and config.shared_bytes() <= hopper.SHARED_BYTES and config.stages >= 4
+    # Two weights: two accumulators of 128 columns are the registers of one of 256, and their stages its shared memory.
+    for n, columns in ((2880, 128), (2048, 128), (768, 128), (192, 64), (128, 128), (8, 64)):
+        config = hopper.glu_config(n)
+        assert config.columns == columns and config.shared_bytes(2) <= hopper.SHARED_BYTES and config.stages >= 4
+    assert hopper.glu_config(2048, hopper.Config(192, 4, band=4, blocks=99)) == hopper.Config(128, 4, 4, 99)
+    assert hopper.glu_config(2048, SMALL) == SMALL
     with pytest.raises(UserError, match="columns=96; a wgmma takes"):
         hopper.Config(columns=96)
     with pytest.raises(UserError, match="bytes of shared memory, 232448 are there; choose fewer stages"):
@@ -327,6 +385,14 @@ def test_says_what_it_cannot_do(monkeypatch):
     assert "does not import" in hopper.unfit((8, 8), 2, jnp.float16)
     with pytest.raises(UserError, match="for both, not bfloat16 and float32"):
         hopper.matmul(x, w.astype(jnp.float32), sizes, transpose_w=False, out_dtype=x.dtype)
+    with pytest.raises(UserError, match="for both, not bfloat16 and float32"):
+        hopper.glu(x, w, w.astype(jnp.float32), sizes, activation="silu", keep=False)
+    with pytest.raises(UserError, match="the kernels compute silu, relu, gelu, gelu_tanh, not 'tanh'"):
+        hopper.glu(x, w, w, sizes, activation="tanh", keep=False)
+    assert all(hopper.glu_unsupported(activation) is None for activation in ACTS)
+    for h in (*hopper.glu(x[:0], w, w, sizes, activation="silu", keep=True),
+              hopper.glu(x[:, :0], w[:, :0], w[:, :0], sizes, activation="silu", keep=False)):  # fmt: skip
+        assert h.shape[1] == 8 and not np.asarray(h).any()
     with pytest.raises(UserError, match="writes bfloat16, float16 and float32, not int8"):
         hopper.outer(x, x, sizes, out_dtype=jnp.int8)
 
@@ -340,7 +406,7 @@ def test_compiles_for_sm_90a():
     command = [sys.executable, "-m", "benchmarks.hopper_compile", "--shapes", "DeepSeek-V3,Qwen3-235B-A22B T=16"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("  compiled  230400 ") == 6 and "failed" not in done.stdout, done.stdout
+    assert done.stdout.count("  compiled  230400 ") == 10 and "failed" not in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU of compute capability 9.x")
@@ -355,8 +421,13 @@ def test_on_the_gpu(shape, dtype):
     matmul = lambda x, w, s, t: hopper.matmul(x, w, s, transpose_w=t, out_dtype=dtype)  # noqa: E731
     run = jax.jit(lambda x, w, dy, s: (matmul(x, w, s, False), matmul(dy, w, s, True),
                                        hopper.outer(x, dy, s, out_dtype=jnp.float32)))  # fmt: skip
+    _, gate, up = draw_glu(rng, rows, k, n, groups, dtype)
+    glus = {(activation, keep): jax.jit(functools.partial(hopper.glu, activation=activation, keep=keep))
+            for activation in ACTS for keep in (True, False)}  # fmt: skip
     for sizes in (rng.multinomial(rows, np.ones(groups) / groups), rng.multinomial(rows // 2, np.ones(groups) / groups),
                   rows * np.eye(groups, dtype=int)[1], np.zeros(groups, int), np.ones(groups, int)):  # fmt: skip
+        for (activation, _), glu in glus.items():
+            check_glu(glu, x, gate, up, sizes, activation, 2.5e-3)
         got = run(nan_tail(x, sizes), w, nan_tail(dy, sizes), int32(sizes))
         again = run(nan_tail(x, sizes), w, nan_tail(dy, sizes), int32(sizes))
         for value, other, expected in zip(got, again, numpy_products(x, w, dy, sizes), strict=True):

@@ -18,6 +18,8 @@ HALF = 64  # rows of the output tile for each of the two consumers: the height o
 SWIZZLE = 128  # bytes of a row of a shared-memory tile; with it, loads and stores have no bank conflicts
 PRODUCER = 2  # index of the warp group that loads; 0 and 1 multiply
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # 128 * (40 + 2 * 232) of the 65536 on a multiprocessor
+# As jax 0.12 calls it, ptxas ignores these ("setmaxnreg ignored", C7504) and gives each 168: enough for a product; some
+# activations of two then spill up to 13 registers (benchmarks/hopper_compile.py). In jax 0.10 it heeds them.
 
 
 class Visit(NamedTuple):
@@ -44,11 +46,15 @@ def build(
     rows_anywhere: bool,
     name: str,
     interpret: Any = None,
-) -> Callable[..., jax.Array]:
-    """A function of the operands that runs the kernel.
+    weights: int = 1,
+    results: int = 1,
+    finish: Callable[..., tuple[jax.Array, ...]] = lambda y: (y,),
+) -> Callable[..., list[jax.Array]]:
+    """A function of the operands that runs the kernel and gives `results` arrays of `out_type`.
 
     `plan(refs)` gives the number of output tiles and what describes one.
-    `load(refs, where, step, left, right, barrier)` issues `arrivals` copies into left [2, 64, 64] and right.
+    `load(refs, where, step, left, right, barrier)` issues `arrivals` copies into left [2, 64, 64] and the `weights`
+    blocks of right. Each has an accumulator; `finish` makes what is stored of these, in float32, a few columns at once.
     `store(out, where, half, column, block)` issues one copy of `block` [64, 128 bytes] to that column of the tile.
     `rows_anywhere`: the copies to `left` begin at any row, else at multiples of eight, as all to `right` do.
     `flip_left`, `flip_right`: the operand lies transposed in shared memory; wgmma reads it so, no copy is made.
@@ -60,7 +66,7 @@ def build(
     )  # fmt: skip
 
     def body(*refs, left, right, staged, full, empty):
-        *operands, out = refs
+        operands, outs = refs[:-results], refs[-results:]
         arriving, left = left if rows_anywhere and not interpret else (left, left)
         block, blocks, me = lax.axis_index("block"), lax.axis_size("block"), lax.axis_index("thread")
         tiles, visit = plan(operands)
@@ -95,14 +101,16 @@ def build(
                 busy = (me == 0) | second
                 products = jnp.where(busy, steps, 0)
 
-                def accumulate(acc):
+                def accumulate(*accs):
                     def step(k, count):
                         slot = slot_of(count)
                         plgpu.barrier_wait(full.at[slot])
-                        a, b = left.at[slot, me], right.at[slot]
-                        a, b = a.transpose((1, 0)) if flip_left else a, b.transpose((1, 0)) if flip_right else b
-                        plgpu.wgmma(acc, a, b)
-                        plgpu.wgmma_wait(1)  # all but the product just issued are done, so the stage before is free
+                        a = left.at[slot, me]
+                        a = a.transpose((1, 0)) if flip_left else a
+                        for i, acc in enumerate(accs):
+                            b = right.at[slot, i]
+                            plgpu.wgmma(acc, a, b.transpose((1, 0)) if flip_right else b)
+                        plgpu.wgmma_wait(weights)  # all but those just issued are done, so the stage before is free
 
                         @pl.when(k > 0)
                         def _():
@@ -111,9 +119,9 @@ def build(
                         return count + 1
 
                     lax.fori_loop(0, products, step, count)
-                    return acc[...]
+                    return [acc[...] for acc in accs]
 
-                y = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns)))
+                sums = pl.run_scoped(accumulate, *[plgpu.ACC((HALF, columns))] * weights)
 
                 @pl.when(products > 0)
                 def _():
@@ -130,12 +138,14 @@ def build(
 
                     @pl.when(busy & (c * chunk < width))
                     def _(c=c):
-                        # Of two buffers in turn: all is read of what the tile before stored, then all but the last.
-                        plgpu.wait_smem_to_gmem(min(c, 1), wait_read_only=True)
-                        buffer = staged.at[me, c % 2]
-                        buffer[...] = y[:, c * chunk : (c + 1) * chunk].astype(out_dtype)
-                        plgpu.commit_smem()
-                        store(out, where, me, c * chunk, buffer)
+                        values = finish(*(y[:, c * chunk : (c + 1) * chunk] for y in sums))
+                        for turn, (out, value) in enumerate(zip(outs, values, strict=True), c * results):
+                            # Of two buffers in turn: all is read of what the tile before stored, then all but the last.
+                            plgpu.wait_smem_to_gmem(min(turn, 1), wait_read_only=True)
+                            buffer = staged.at[me, turn % 2]
+                            buffer[...] = value.astype(out_dtype)
+                            plgpu.commit_smem()
+                            store(out, where, me, c * chunk, buffer)
 
                 return count + steps
 
@@ -153,14 +163,14 @@ def build(
     ))  # fmt: skip
     return plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=[out_type] * results,
         grid=(config.blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="thread",
         scratch_types={
             "left": lefts if rows_anywhere and not interpret else lefts.refs[1],
-            "right": plgpu.SMEM((stages, *right_block), dtype, transforms=swizzled(itemsize, 8)),
+            "right": plgpu.SMEM((stages, weights, *right_block), dtype, transforms=swizzled(itemsize, 8)),
             # One row a tile, and 128 bytes wide: so any number of rows can be stored, and at any row.
             "staged": plgpu.SMEM((2, 2, HALF, chunk), out_dtype, transforms=swizzled(out_dtype.itemsize, 1)),
             "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),

@@ -29,6 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.errors import UserError
+from jaxmodels.kernels.grouped_matmul import epilogue
 from jaxmodels.kernels.varying import vary, varying_axes
 
 SHARED_BYTES = 232_448  # 227 KiB: what a thread block may have on compute capability 9.0 (CUDA programming guide)
@@ -61,26 +62,35 @@ class Config:
             raise UserError(f"{self} needs {self.shared_bytes()} bytes of shared memory, {SHARED_BYTES} are there; "
                             f"choose fewer stages or columns")  # fmt: skip
 
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, weights: int = 1) -> int:
         """Operands of all stages, two 8 KiB buffers for the stores of each consumer, and 1 KiB for barriers."""
-        return self.stages * _stage_bytes(self.columns) + 4 * _HALF * 128 + 1024
+        return self.stages * _stage_bytes(weights * self.columns) + 4 * _HALF * 128 + 1024
 
 
 def _stage_bytes(columns: int) -> int:
     return 2 * 64 * (_TILE + columns)
 
 
-def default_config(columns: int, *, blocks: int | None = None) -> Config:
+def default_config(columns: int, *, blocks: int | None = None, weights: int = 1, widest: int = 256) -> Config:
     """The width of tile that wastes least at the right edge, wider ones preferred, and as many stages as fit, up to 6.
 
     A product reads 128 + c numbers a step for 128 c multiplications: the narrower, the more shared-memory traffic.
+    Of two weights, tiles are at most 128 wide: their accumulators are the registers of one of 256.
     """
-    widths = [c for c in (256, 192, 128, 64) if c <= max(columns, 64)]
+    widths = [c for c in (256, 192, 128, 64) if c <= max(columns, 64) and c * weights <= 256 and c <= widest]
     # 3, 10 and 30 %: guesses at what narrow tiles cost, not measured; they decide only between similar wastes.
     penalty = {256: 1.0, 192: 1.03, 128: 1.1, 64: 1.3}
     best = min(widths, key=lambda c: -(-columns // c) * c * penalty[c])
     free = SHARED_BYTES - 4 * _HALF * 128 - 1024
-    return Config(best, min(6, free // _stage_bytes(best)), blocks=blocks or _multiprocessors())
+    return Config(best, min(6, free // _stage_bytes(weights * best)), blocks=blocks or _multiprocessors())
+
+
+def glu_config(columns: int, config: Config | None = None) -> Config:
+    """What `glu` runs with, given the configuration of `matmul`: as wide and deep as two weights have room for."""
+    if config is None:
+        return default_config(columns, weights=2)
+    fits = default_config(columns, blocks=config.blocks, weights=2, widest=config.columns)
+    return Config(fits.columns, min(fits.stages, config.stages), config.band, config.blocks)
 
 
 def unfit(shape, groups, dtype) -> str | None:
@@ -115,9 +125,47 @@ def matmul(
     @jax.custom_batching.sequential_vmap
     def product(x, w, group_sizes):
         x, w = _pad(x, 1, 64), _pad(w, 64, 64)
-        return _matmul(x, w, group_sizes, transpose_w, jnp.dtype(out_dtype), config, interpret)[:rows, :columns]
+        name = "grouped_matmul_transposed" if transpose_w else "grouped_matmul"
+        y, = _matmul(x, [w], group_sizes, transpose_w, jnp.dtype(out_dtype), config, interpret, name)  # fmt: skip
+        return y[:rows, :columns]
 
     return vary(product(x, w, group_sizes), varying_axes(x, w, group_sizes))
+
+
+def glu(
+    x: Float[Array, "M K"], gate: Float[Array, "G K N"], up: Float[Array, "G K N"], group_sizes: Int[Array, "G"], *,
+    activation: str, keep: bool, config: Config | None = None, interpret: Any = None,
+) -> Float[Array, "M N"] | tuple[Float[Array, "M N"], Float[Array, "M N"], Float[Array, "M N"]]:  # fmt: skip
+    """h = act(x_e gate[e]) * (x_e up[e]) for the rows of each group e (moe_split.md 6.7); with `keep` (h, g, u), the
+    two products as well, which the gradient needs. h is rounded once, from float32; zero past the last group in all.
+
+    `config` is that of `matmul`; `glu_config` fits it to two weights.
+    """
+    if (reason := glu_unsupported(activation)) is not None:
+        raise UserError(reason)
+    for w in (gate, up):
+        _check(x, w, x.dtype)
+    (rows, width), columns, results = x.shape, gate.shape[2], 3 if keep else 1
+    axes = varying_axes(x, gate, up, group_sizes)
+    if 0 in (rows, columns, width, gate.shape[0]):
+        nothing = vary(jnp.zeros((rows, columns), x.dtype), axes)
+        return (nothing,) * 3 if keep else nothing
+    config = glu_config(columns, config)
+
+    @jax.custom_batching.sequential_vmap
+    def both(x, gate, up, group_sizes):
+        padded = _pad(x, 1, 64), [_pad(w, 64, 64) for w in (gate, up)]
+        found = _matmul(*padded, group_sizes, False, x.dtype, config, interpret,
+                        f"grouped_glu_{activation}", results, epilogue.gated(activation, keep))  # fmt: skip
+        return tuple(y[:rows, :columns] for y in found)
+
+    found = tuple(vary(y, axes) for y in both(x, gate, up, group_sizes))
+    return found if keep else found[0]
+
+
+def glu_unsupported(activation: str) -> str | None:
+    """Why the kernel of `glu` does not compute this activation, or None."""
+    return epilogue.unsupported(activation)
 
 
 def outer(
@@ -139,14 +187,18 @@ def outer(
     return vary(product(x, dy, group_sizes), varying_axes(x, dy, group_sizes))
 
 
-def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, interpret):
+def _matmul(
+    x, weights, group_sizes, transpose_w: bool, out_dtype, config: Config, interpret, name: str, results: int = 1,
+    finish=lambda y: (y,),
+):  # fmt: skip
+    """The rows of each group times its matrix of each of `weights`, and the `results` that `finish` makes of these."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from jaxmodels.kernels.grouped_matmul import _hopper_kernel
 
-    (rows, width), groups = x.shape, w.shape[0]
-    columns = w.shape[1 if transpose_w else 2]
+    (rows, width), groups = x.shape, weights[0].shape[0]
+    columns = weights[0].shape[1 if transpose_w else 2]
     config = _narrow(config, columns)
     across = -(-columns // config.columns)
     terms = -(-width // 64)
@@ -174,8 +226,10 @@ def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, int
         along, over = pl.ds(step * 64, 64), pl.ds(column, config.columns)
         for half, first in enumerate((start, slid)):
             plgpu.copy_gmem_to_smem(refs[2].at[pl.ds(first, _HALF), along], left.at[half], barrier)
-        matrix = refs[3].at[group]
-        plgpu.copy_gmem_to_smem(matrix.at[over, along] if transpose_w else matrix.at[along, over], right, barrier)
+        for i in range(len(weights)):
+            matrix = refs[3 + i].at[group]
+            source = matrix.at[over, along] if transpose_w else matrix.at[along, over]
+            plgpu.copy_gmem_to_smem(source, right.at[i], barrier)
 
     def store(out, where, half, offset, block):
         _, start, slid, log, column = where
@@ -190,10 +244,10 @@ def _matmul(x, w, group_sizes, transpose_w: bool, out_dtype, config: Config, int
     kernel = _hopper_kernel.build(
         config=config, dtype=x.dtype, out_type=jax.ShapeDtypeStruct((rows, columns), out_dtype),
         right_block=(config.columns, 64) if transpose_w else (64, config.columns),
-        flip_left=False, flip_right=transpose_w, plan=plan, load=load, store=store, arrivals=3, rows_anywhere=True,
-        name="grouped_matmul_transposed" if transpose_w else "grouped_matmul", interpret=interpret,
+        flip_left=False, flip_right=transpose_w, plan=plan, load=load, store=store, arrivals=2 + len(weights),
+        rows_anywhere=True, name=name, interpret=interpret, weights=len(weights), results=results, finish=finish,
     )  # fmt: skip
-    return kernel(count, table, x, w)
+    return kernel(count, table, x, *weights)
 
 
 def halves(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "1"], Int[Array, "3 V"]]:
@@ -248,7 +302,7 @@ def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
         def copy(rows_of_x, rows_of_dy):
             for half in range(2):
                 plgpu.copy_gmem_to_smem(rows_of_x.at[:, pl.ds(row + half * _HALF, _HALF)], left.at[half], barrier)
-            plgpu.copy_gmem_to_smem(rows_of_dy.at[:, pl.ds(column, config.columns)], right, barrier)
+            plgpu.copy_gmem_to_smem(rows_of_dy.at[:, pl.ds(column, config.columns)], right.at[0], barrier)
 
         taken, beside = pl.ds(pl.multiple_of(start + step * 64, 8), 64), pl.ds((step - whole) * 64, 64)
         lax.cond(
@@ -267,7 +321,7 @@ def _outer(x, dy, group_sizes, out_dtype, config: Config, interpret):
         right_block=(64, config.columns), flip_left=True, flip_right=False,
         plan=plan, load=load, store=store, arrivals=3, rows_anywhere=False, name="grouped_outer", interpret=interpret,
     )  # fmt: skip
-    return kernel(table, x, dy, _gather(x, row, exists), _gather(dy, row, exists))
+    return kernel(table, x, dy, _gather(x, row, exists), _gather(dy, row, exists))[0]
 
 
 def leftovers(
