@@ -455,6 +455,43 @@ def command_generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _embed_arguments(parser: Parser) -> None:
+    parser.add_argument("fasta", metavar="FASTA", help="proteins, plain or gzip")
+    parser.add_argument("--model", metavar="MODEL", required=True, help="an ESM encoder: folder, file or name")
+    parser.add_argument("--out", metavar="FILE", required=True, help=".npz file to write")
+    parser.add_argument("--pool", default="mean", help="mean over residues (default), cls, or none: every residue")
+    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="of a batch (default 8192)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="residues; longer proteins are done in overlapping "
+                        "windows of this length (default 1022, as ESM-2 was trained)")
+    parser.add_argument("--allow-download", action="store_true", help="fetch MODEL (org/name) from its public home")
+    parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+
+
+def command_embed(arguments: argparse.Namespace) -> int:
+    """Write the embeddings of the proteins of a FASTA file, in its order, as an .npz file.
+
+    It holds names, lengths and embeddings: float32[proteins, width], or with --pool none float32[residues, width] and
+    the offsets at which proteins begin. What had to be changed or left out of the input is counted on stderr.
+    """
+    _prepare_jax()
+    from jaxmodels.esm.embed import POOLS, embed
+    from jaxmodels.esm.fasta import read_fasta
+
+    _check_choice("pool", arguments.pool, POOLS)
+    records = read_fasta(arguments.fasta)  # a damaged file is reported before a model is loaded
+    import jaxmodels
+    from train.runtime.progress import progress
+
+    model = jaxmodels.load(arguments.model, arguments.dtype, allow_download=arguments.allow_download)
+    report = embed(model, records, arguments.out, pool=arguments.pool, batch_tokens=arguments.batch_tokens,
+                   max_length=arguments.max_length, about=arguments.model,
+                   progress=lambda total: progress(total, "embedding residues"))
+    for line in report.lines():
+        print(f"jaxmodels: {line}", file=sys.stderr)
+    print(arguments.out)
+    return 0
+
+
 # Ahead of time
 
 
@@ -527,6 +564,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace
     "split": (_split_arguments, command_split),
     "prune": (_prune_arguments, command_prune),
     "generate": (_generate_arguments, command_generate),
+    "embed": (_embed_arguments, command_embed),
     "compile": (_compile_arguments, command_compile),
     "bench": (_bench_arguments, command_bench),
     "report": (_report_arguments, command_report),
