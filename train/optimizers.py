@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from train.settings import OptimizerConfig
@@ -48,6 +49,39 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups")
             muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
                 lambda path, p: _dimensions(path, p, stacked), params))
     return optax.chain(optax.clip_by_global_norm(cfg.clip), core) if cfg.clip else core
+
+
+def scaled(optimizer: optax.GradientTransformation, scales: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """`optimizer` with every update times ``scales(params)``, a tree of numbers or of arrays that broadcast.
+
+    Weight decay is scaled with the rest, as a lower learning rate scales it.
+    """
+    scale = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, scales(params)))
+    return optax.chain(optimizer, scale)
+
+
+def layerwise(params: Any, layers: int, trunk: float, decay: float, heads: tuple[str, ...] = ("classifier",),
+              stacked: str = "groups") -> Any:
+    """Scales for `scaled`: 1 for heads, `trunk` for what follows the last layer, times `decay` for each layer below.
+
+    Howard and Ruder 2018 (discriminative fine-tuning); ELECTRA and BEiT use it in this form. params: a tree whose
+    layers lie below `stacked`, in order, each array of a group with a leading layer axis.
+    """
+    first, groups = 0, {}
+    for name in sorted(params[stacked], key=int):
+        groups[name] = first
+        first += jax.tree.leaves(params[stacked][name])[0].shape[0]
+
+    def scale(path: Any, p: Any) -> Any:
+        names = _names(path)
+        if names[0] in heads:
+            return jnp.float32(1)
+        if names[0] == stacked:
+            depth = groups[path[1].key] + jnp.arange(p.shape[0])
+            return (trunk * decay ** (layers - 1.0 - depth)).reshape(-1, *[1] * (p.ndim - 1))
+        return jnp.float32(trunk * decay**layers if names[0] in ("embed", "positions", "embed_norm") else trunk)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def _names(path: Any) -> list[str]:

@@ -19,11 +19,12 @@ class Bucketed:
     index: np.ndarray
 
 
-def bucketed(rows: Sequence[np.ndarray], tokens: int = 16_384, lengths: Sequence[int] = LENGTHS) -> list[Bucketed]:
+def bucketed(rows: Sequence[np.ndarray], tokens: int = 4096, lengths: Sequence[int] = LENGTHS) -> list[Bucketed]:
     """Batches of about `tokens` tokens of all rows (ids, int32[T]), short ones first; every row is in one.
 
-    All batches of a bucket have one shape: the last is filled up with copies of its first row, which `index` leaves
-    out. Raises UserError for a row longer than the last bucket.
+    All batches of a bucket have one shape, whatever the rows, so that a model is compiled once for each bucket: what is
+    short is filled up with copies of its first row, which `index` leaves out.
+    Raises UserError for a row longer than the last bucket.
     """
     sizes = np.array([len(row) for row in rows], int)
     lengths = sorted(lengths)
@@ -34,8 +35,8 @@ def bucketed(rows: Sequence[np.ndarray], tokens: int = 16_384, lengths: Sequence
     batches = []
     for number, length in enumerate(lengths):
         members = order[bucket == number]
-        size = min(max(tokens // length, 1), len(members))
-        for start in range(0, len(members), max(size, 1)):
+        size = max(tokens // length, 1)
+        for start in range(0, len(members), size):
             index = members[start:start + size]
             filled = np.concatenate([index, np.repeat(index[:1], size - len(index))])
             batches.append(Bucketed(pad_batch([rows[i] for i in filled], length), index))

@@ -128,7 +128,7 @@ SOURCES = {
                "package mmseqs2-examples)", _read_uniprot,
                checksum=("uniprot20k.tsv.gz", "d8b93e82671863fb08c36554839eea415bb703b01bf00b58ba4433a1f4f1bebd")),
         Source("enzyme_ec", "CC BY 4.0 (UniProt), CC0 (PDB), BSD-3 (DeepFRI), MIT (CARE)",
-               "docs/proteins.md (how enzyme_ec.tsv.gz is made: columns id, ec, split, sequence)", _read_enzymes,
+               "the recipe of docs/proteins.md (enzyme_ec.tsv.gz: columns id, ec, split, sequence)", _read_enzymes,
                checksum=("enzyme_ec.tsv.gz", "9563556bdd417e56a8281ed81e2d74f3f83d6c82eba32b0fff1b54dae019180d")),
         Source("nrpdb_ec", "BSD-3 (DeepFRI), CC0 (PDB)",
                "preprocessing/data of https://github.com/flatironinstitute/DeepFRI (docs/proteins.md: as one table)",

@@ -46,7 +46,11 @@ class NonFinite(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained. evaluate(state, check) -> numbers; it calls check() between batches, and may be None."""
+    """What is trained. evaluate(state, check) -> numbers; it calls check() between batches, and may be None.
+
+    over(step): whether the run ends here, before its last step; asked before every step, so what it answers must follow
+    from what is logged: a resumed run is asked again about the step that it restored.
+    """
 
     blueprint: Blueprint
     step: TrainStep
@@ -55,6 +59,7 @@ class Task:
     tokens: int  # of one global batch
     flops: float  # model FLOPs of one step
     evaluate: Callable[[State, Callable[[], None]], dict[str, float]] | None = None
+    over: Callable[[int], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,7 @@ class _Loop:
             with self.run.progress(cfg.steps, "training", self.step) as advance:
                 if self.held is not None:  # the evaluation of the restored step is still due
                     self._evaluate()
-                while self.step < cfg.steps:
+                while not self._over():
                     if stop.at_step(self.step):
                         raise _Stop
                     with good.spend("data"):
@@ -124,7 +129,7 @@ class _Loop:
                     if self._evaluates(self.step):
                         self._settle(first)
                         self._evaluate()
-                    if self.checkpoints.due(self.step) or self.step == cfg.steps or stop.save_requested:
+                    if self.checkpoints.due(self.step) or self._over() or stop.save_requested:
                         stop.save_requested = False
                         self._settle(first)
                         self._save()
@@ -143,6 +148,10 @@ class _Loop:
         return Trained(self._single(), self.step, self.step_seconds, good.summary())
 
     # Beginning and end
+
+    def _over(self) -> bool:
+        """Whether the last step is taken."""
+        return self.step >= self.cfg.steps or (self.task.over is not None and self.task.over(self.step))
 
     def _restore(self) -> None:
         """The state to begin with: the newest valid checkpoint, or a fresh one."""
