@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -227,7 +228,8 @@ class Best:
 
     def evaluate(self, state: State, check: Callable[[], None]) -> dict[str, float]:
         step = int(jax.device_get(state["step"]))
-        model = experiment.model_on_host(self.plan, state)
+        host = experiment.model_on_host(self.plan, state)
+        model = nnx.merge(self.plan.graphdef, jax.tree.map(jnp.asarray, nnx.state(host)))  # moved once, not a batch
         logits = predict(model, self.valid.sequences, check)
         scores = metrics.class_scores(metrics.confusion(self.valid.labels, logits.argmax(-1), CLASSES))
         nll = float(np.mean(np.logaddexp.reduce(logits, -1) - logits[np.arange(len(logits)), self.valid.labels]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmodels.errors import UserError
@@ -93,8 +94,8 @@ def build(config, arrays: Mapping[tuple, jax.Array]) -> nnx.Module:
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def leaves(model: nnx.Module) -> dict[tuple, jax.Array]:
-    """path in the pure-dict state -> array, for every parameter of the model."""
+def leaves(model: nnx.Module) -> dict[tuple, jax.Array | np.ndarray]:
+    """path in the pure-dict state -> array, for every parameter of the model, wherever it lies."""
     return {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 

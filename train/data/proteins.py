@@ -71,7 +71,10 @@ def protein_source(name: str) -> Proteins:
 
 def distinct(proteins: Iterable[Protein]) -> list[Protein]:
     """The first protein of every sequence."""
-    return list({protein.sequence: protein for protein in reversed(list(proteins))}.values())[::-1]
+    first: dict[str, Protein] = {}
+    for protein in proteins:
+        first.setdefault(protein.sequence, protein)
+    return list(first.values())
 
 
 def crops(sequence: str, longest: int) -> list[str]:
