@@ -1,6 +1,7 @@
 """The 33 tokens of ESM-2 and ESM-1b (facebookresearch/esm, esm/data.py; vocab.txt of the released checkpoints)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def encode(sequence: str, special: bool = True) -> tuple[np.ndarray, int]:
     return (np.concatenate([[CLS], ids, [EOS]]).astype(np.int32) if special else ids), unknown
 
 
-def decode(ids: Iterable[int], special: bool = False) -> str:
+def decode(ids: Iterable[Any], special: bool = False) -> str:
     """The letters of some ids. special: write ``<cls>``, ``<pad>``, ``<eos>`` too; other tokens are always written."""
     ids = [int(i) for i in ids]
     wrong = next((i for i in ids if not 0 <= i < len(TOKENS)), None)

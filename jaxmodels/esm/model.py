@@ -217,6 +217,10 @@ def _contacts(graphdef, state, tokens, mask):
 def make_context(cfg: EsmConfig, mask, tokens, segments=None, positions=None):
     """(positions int32[B, T], Context): where each token stands and whom it may look at."""
     B, T = mask.shape
+    room = cfg.max_positions - cfg.pad_id - 1
+    if cfg.position == "learned" and positions is None and segments is None and room < T:
+        raise UserError(f"rows of {T} tokens are longer than the {room} that this model's table of positions holds; "
+                        "cut the proteins")
     if positions is None:
         # A learned table counts real tokens only, whatever the mask says (transformers does so too); rotation sees
         # differences only, so there a row may begin anywhere.
