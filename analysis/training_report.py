@@ -16,6 +16,11 @@ Lines = list[dict[str, Any]]
 CARDS = (
     ("validation_bits_per_byte", "bits per byte", "held-out packages; lower is better"),
     ("validation_loss", "validation loss", "nats a token"),
+    ("validation_perplexity", "perplexity", "held-out families, all questions; lower is better"),
+    ("floor.unigram_perplexity", "floor: composition", "perplexity without a network, the same questions"),
+    ("floor.neighbours_perplexity", "floor: neighbours", "perplexity from the two residues beside"),
+    ("validation_hidden_perplexity", "perplexity, hidden", "of residues behind <mask> alone"),
+    ("floor.neighbours_hidden_perplexity", "floor: neighbours, hidden", ""),
     ("tokens", "tokens read", ""),
     ("tokens_per_second", "tokens a second", "median, first steps left out"),
     ("mfu", "MFU", "of the dense bf16 peak"),
@@ -33,7 +38,7 @@ def build(run_dir: str | Path) -> Path:
     report.section("Results")
     report.number_cards((label, results[key], note) for key, label, note in CARDS if is_number(results.get(key)))
     if len(lines) > 1:
-        _losses(report, lines)
+        _losses(report, lines, results)
         _experts(report, lines)
     _time(report, lines, read_json(folder / "goodput.json"))
     _samples(report, results)
@@ -51,10 +56,13 @@ def _status(results: dict[str, Any]) -> str:
     return f"Failed: {results.get('error', '')}" if status == "failed" else f"Status: {status}."
 
 
-def _losses(report: Report, lines: Lines) -> None:
-    report.section("Learning", "Loss of every step beside that of the held-out packages, which no step has seen.")
+def _losses(report: Report, lines: Lines, results: dict[str, Any]) -> None:
+    floors = {key.split(".")[1].removesuffix("_perplexity"): float(np.log(value)) for key, value in results.items()
+              if key.startswith("floor.") and is_number(value) and "hidden" not in key}
+    held = "held-out families" if floors else "held-out packages"
+    report.section("Learning", f"Loss of every step beside that of the {held}, which no step has seen.")
     tokens = _tokens(lines)
-    report.figure(loss_figure(lines, tokens), "Loss against tokens read.", _rows(
+    report.figure(loss_figure(lines, tokens, held, floors), "Loss against tokens read.", _rows(
         lines, ("loss", "validation_loss", "bits_per_byte", "validation_bits_per_byte"), tokens), "loss",
         "Training and validation loss falling over tokens")
     figure, (left, right) = style.new_figure(7, 2.4, columns=2)
@@ -68,8 +76,10 @@ def _losses(report: Report, lines: Lines) -> None:
                   _rows(lines, ("learning_rate", "gradient_norm", "update_norm"), tokens), "optimizer")
 
 
-def loss_figure(lines: Lines, tokens: list[float]) -> Figure:
-    """Training loss, its running mean and the validation loss over tokens."""
+def loss_figure(lines: Lines, tokens: list[float], held_out: str = "held-out packages",
+                floors: dict[str, float] | None = None) -> Figure:
+    """Training loss, its running mean and the validation loss over tokens; floors: losses without a network, by name.
+    """
     figure, axes = style.new_figure(7, 3.4)
     known = [(t, line["loss"]) for t, line in zip(tokens, lines, strict=True) if is_number(line.get("loss"))]
     x, y = np.array(known).T if known else (np.zeros(0), np.zeros(0))
@@ -80,7 +90,9 @@ def loss_figure(lines: Lines, tokens: list[float]) -> Figure:
                   label=f"mean of {width} steps")
     held = [(t, line["validation_loss"]) for t, line in zip(tokens, lines, strict=True) if "validation_loss" in line]
     if held:
-        axes.plot(*zip(*held, strict=True), marker="o", color=style.PALETTE[1], label="held-out packages")
+        axes.plot(*zip(*held, strict=True), marker="o", color=style.PALETTE[1], label=held_out)
+    for i, (name, floor) in enumerate((floors or {}).items()):
+        axes.axhline(floor, color=style.PALETTE[2 + i], linestyle="--", linewidth=1, label=f"floor: {name}")
     axes.set(xlabel="tokens", ylabel="nats a token", title="loss")
     axes.legend()
     return figure
