@@ -13,7 +13,8 @@ import jaxmodels
 from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.esm.config import EsmConfig
 from jaxmodels.esm.model import Esm
-from train import enzyme, enzyme_floors, metrics, protein_pretrain
+from train import enzyme, enzyme_floors, enzyme_transfer, metrics, protein_pretrain
+from train.data.proteins import Protein
 from train.objectives.classify import Classify, ClassifyTerms, class_weights, term_weights
 from train.optimizers import layerwise, scaled
 from train.runtime.config import resolve, to_dict
@@ -152,6 +153,23 @@ def test_floors_on_words_that_tell():
     features = enzyme_floors.composition(["MKMKX", "M"])
     assert features.shape == (2, 421) and features[0, :20].sum() == pytest.approx(0.8)
     assert features[0, 20:420].sum() == pytest.approx(3 / 4) and features[1, -1] == 0
+
+
+def test_whole_numbers_by_transfer():
+    known = [Protein("a", "MKVLAAGG", ("1.1.1.-", "1.1.1.1")), Protein("b", "WWYYFFHH", ("2.7.1.1",))]
+    asked = [Protein("c", "MKVLAAGC", ("1.1.1.1", "1.1.1.-")), Protein("d", "WWYYFFHC", ("2.7.2.1",))]
+    like = enzyme_floors.similarity([p.sequence for p in known], [p.sequence for p in asked])
+    assert enzyme_transfer.ec_levels(known, asked, like) == {"level_4": 0.5, "level_3": 0.5, "level_2": 1, "level_1": 1}
+    # c: P = R = 1; d: its term is unknown: P = 0, R = 0
+    assert enzyme_transfer.ec_terms(known, asked, like)["fmax"] == pytest.approx(0.5)
+    assert enzyme_transfer.ec_terms(known, asked, like)["aupr"] == pytest.approx((1 + 1 + 0.5) / 3)
+    rows = np.random.default_rng(0).normal(size=(5, 8))
+    found = enzyme_transfer.cosine(rows, rows)
+    assert found.argmax(1).tolist() == list(range(5)) and np.diagonal(found) == pytest.approx(1)
+    model = Esm(EsmConfig.tiny(contact_head=False), rngs=nnx.Rngs(0))
+    alone = enzyme_transfer.embed(model, ["MKVL"])
+    beside = enzyme_transfer.embed(model, ["W" * 120, "MKVL", "M" * 1500])
+    np.testing.assert_allclose(beside[1], alone[0], atol=1e-5)
 
 
 @pytest.mark.long

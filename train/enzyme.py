@@ -21,7 +21,7 @@ import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.esm.alphabet import PAD, encode
 from jaxmodels.esm.model import Esm
-from train import enzyme_floors, experiment, metrics
+from train import enzyme_floors, enzyme_transfer, experiment, metrics
 from train.data import packing, records
 from train.data.buckets import LENGTHS, bucketed
 from train.data.proteins import STRATA, Protein, protein_source
@@ -75,6 +75,8 @@ def run(cfg: EnzymeConfig, folder: RunFolder) -> None:
             if jax.process_index() == 0:
                 classes = predict(model, sequences).argmax(-1)
                 found[setting] = dict(zip(sequences, classes.tolist(), strict=True))
+                if cfg.data.external:
+                    folder.write_results(whole_numbers(cfg, model, setting, folder))
     if jax.process_index() == 0:
         folder.write_results(table(cfg, parts, asked, found, folder) | {"finished": True})
 
@@ -287,6 +289,14 @@ def table(cfg: EnzymeConfig, parts: dict[str, Labelled], asked: dict[str, Labell
         "names": list(asked["test"].names), "labels": (asked["test"].labels + 1).tolist(),
         **{setting: [model[sequence] + 1 for sequence in asked["test"].sequences] for setting, model in found.items()}})
     return results
+
+
+def whole_numbers(cfg: EnzymeConfig, model: Esm, setting: str, folder: RunFolder) -> dict[str, float]:
+    """``SETTING.SET.LIKENESS.METRIC`` of `train.enzyme_transfer`; known is what the floors know."""
+    splits = {"train", "valid", *(("near_eval",) if setting == "easy" else ())}
+    known = [protein for protein in protein_source(cfg.data.source).proteins if protein.split in splits]
+    found = enzyme_transfer.transferred(model, known, folder.check_stop)
+    return {f"{setting}.{name}": value for name, value in found.items()}
 
 
 def scores_of(labels: np.ndarray, predicted: np.ndarray, draws: int, seed: int) -> dict[str, float]:

@@ -43,10 +43,16 @@ def composition(sequences: Sequence[str]) -> np.ndarray:
 
 
 def nearest(known: Sequence[str], asked: Sequence[str], word: int = WORD) -> tuple[np.ndarray, np.ndarray]:
-    """(which known sequence is the most similar, int[n]; its similarity, float[n]) for each that is asked about.
-
-    Similarity: words of `word` letters in common, over those in either (Jaccard); the first of equals.
+    """(which known sequence is the most similar, int[n]; its `similarity`, float[n]) for each that is asked about; the
+    first of equals.
     """
+    found = similarity(known, asked, word)
+    best = found.argmax(1)
+    return best, found[np.arange(len(best)), best]
+
+
+def similarity(known: Sequence[str], asked: Sequence[str], word: int = WORD) -> np.ndarray:
+    """Words of `word` letters in common, over those in either (Jaccard): float32[asked, known]."""
     from scipy.sparse import csr_matrix
 
     vocabulary: dict[str, int] = {}
@@ -65,9 +71,7 @@ def nearest(known: Sequence[str], asked: Sequence[str], word: int = WORD) -> tup
     sizes = [np.diff(ends).astype(np.float32) for ends, _ in tables]
     common = (right @ left.T).toarray()
     either = sizes[1][:, None] + sizes[0][None] - common
-    similarity = np.divide(common, either, out=np.zeros_like(common), where=either > 0)
-    best = similarity.argmax(1)
-    return best, similarity[np.arange(len(best)), best]
+    return np.divide(common, either, out=np.zeros_like(common), where=either > 0)
 
 
 def floor_predictions(known: Sequence[str], labels: np.ndarray, asked: Sequence[str]) -> dict[str, np.ndarray]:
