@@ -16,8 +16,9 @@ from jaxmodels.esm.config import EsmConfig
 from jaxmodels.esm.convert import config_from_hf
 from jaxmodels.hub.checkpoint import Checkpoint
 
-UNUSED = (r"position_ids$", r"\.pooler\.", r"rotary_embeddings\.inv_freq$", r"^lm_head\.decoder\.(weight|bias)$",
-          r"^roberta\.embeddings\.token_type_embeddings\.weight$")
+# What says nothing, or has been looked at before the parameters are read.
+_UNUSED = (r"position_ids$", r"\.pooler\.", r"rotary_embeddings\.inv_freq$", r"^lm_head\.decoder\.(weight|bias)$",
+           r"^roberta\.embeddings\.token_type_embeddings\.weight$")
 _BARE = ("embeddings.", "encoder.", "pooler.", "contact_head.", "rotary_embeddings.")
 _INV_FREQ = re.compile(r"(^|\.)rotary_embeddings\.inv_freq$")
 _LAYER = re.compile(r"\.layer\.(\d+)\.")
@@ -31,6 +32,7 @@ class Named:
     def __init__(self, inner: Checkpoint, family: str):
         self.inner, self.path, self.config, self.metadata = inner, inner.path, inner.config, inner.metadata
         self._stored: dict[str, str] = {}
+        self._hidden: tuple[str, ...] = ()
         for name in inner.names():
             ours = f"{family}.{name}" if name.startswith(_BARE) else name
             ours = re.sub(r"(LayerNorm|layer_norm\w*)\.gamma$", r"\1.weight", ours)
@@ -40,8 +42,12 @@ class Named:
                                 "remove one of them")
             self._stored[ours] = name
 
+    def hide(self, *patterns: str) -> None:
+        """Leaves tensors out of `names`, so that nobody is warned of them."""
+        self._hidden += patterns
+
     def names(self) -> list[str]:
-        return list(self._stored)
+        return [name for name in self._stored if not any(re.search(pattern, name) for pattern in self._hidden)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.inner.shape(self._stored[name])
@@ -89,11 +95,18 @@ def prepare(checkpoint: Checkpoint, *, lm_head: bool | None = None, contact_head
             raise UserError(f"{named.path}: its config.json promises a masked-LM head, its tensors hold none; load it "
                             "with lm_head=False to do without, or lm_head=True for a fresh one to be trained")
         changes[head] = present if wanted is None else wanted
+        if not changes[head]:
+            named.hide(rf"^(\w+\.)?{head}\.")
         if wanted and not present:
             fresh.append(head)
     changes |= _classifier(named, config, names, classes, pool)
     if changes["classes"] and _HEADS["classifier"] not in names:
         fresh.append("classifier")
+    if changes["classes"] == 0 and classes == 0:
+        named.hide(r"^classifier\.")
+    if config.position == "rotary":  # transformers stored a table that nothing reads
+        named.hide(r"position_embeddings\.weight$")
+    named.hide(*_UNUSED)
     return named, dataclasses.replace(config, **changes), tuple(fresh)
 
 

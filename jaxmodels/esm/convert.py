@@ -43,7 +43,7 @@ def config_from_hf(hf: dict[str, Any]) -> EsmConfig:
     if family == "roberta" and hf.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; supported: gelu")
     known = hf["vocab_size"] == len(TOKENS)  # else the ids of the special tokens are the file's to tell
-    token_dropout = bool(hf.get("token_dropout", family == "esm"))
+    token_dropout = family == "esm" and bool(hf.get("token_dropout", False))  # transformers' default
     if token_dropout and not known and "mask_token_id" not in hf:
         raise UserError(f"config.json has no mask_token_id, which token_dropout needs with a vocabulary of "
                         f"{hf['vocab_size']} tokens; add it")

@@ -66,7 +66,7 @@ def convert(source: str | Path, folder: str | Path, *, heads: int | None = None,
     Raises UserError for a file without PyTorch to read it, of another kind of model, or that does not say enough.
     """
     import jaxmodels
-    from jaxmodels.esm.checkpoint import UNUSED, prepare
+    from jaxmodels.esm.checkpoint import prepare
     from jaxmodels.esm.convert import entries
     from jaxmodels.hub.load import load_arrays
     from jaxmodels.hub.models import build
@@ -77,7 +77,7 @@ def convert(source: str | Path, folder: str | Path, *, heads: int | None = None,
     if contacts or beside.exists():
         state |= _read(beside)[0]
     checkpoint, config, _ = prepare(from_fair(state, arguments, source, heads))
-    arrays = load_arrays(checkpoint, entries(config), dtype, ignore=UNUSED)
+    arrays = load_arrays(checkpoint, entries(config), dtype)
     return jaxmodels.save(build(config, arrays), folder)
 
 

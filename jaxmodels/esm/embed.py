@@ -58,7 +58,7 @@ class Report:
     def lines(self) -> list[str]:
         out = [f"{self.proteins} proteins, {self.residues} residues"]
         if self.records_changed:
-            what = "; ".join(f"{count} {COUNTED[kind]}" for kind, count in self.changed.items())
+            what = "; ".join(f"{self.changed[kind]} {told}" for kind, told in COUNTED.items() if self.changed[kind])
             out.append(f"{_count(self.records_changed, 'entry', 'entries')} changed: {what}")
         if self.empty:
             out.append(f"{_count(len(self.empty), 'entry', 'entries')} without residues (NaN, length 0): "
@@ -72,7 +72,7 @@ class Report:
         return out
 
 
-def embed(model: Esm, records: Sequence[Record], out: str | os.PathLike, *, pool: str = "mean",
+def embed(model: nnx.Module, records: Sequence[Record], out: str | os.PathLike, *, pool: str = "mean",
           batch_tokens: int = 8192, max_length: int | None = None, about: str = "",
           progress: Callable[[int], contextlib.AbstractContextManager] | None = None) -> Report:
     """Writes ``out``, an .npz file that appears whole or not at all, with one entry for each record in their order.
@@ -116,8 +116,8 @@ def embed(model: Esm, records: Sequence[Record], out: str | os.PathLike, *, pool
                     first = offsets[piece.protein] + piece.keep_from
                     embeddings[first:first + len(kept)] = kept
                 else:  # sums over residues, or one state for each window
-                    parts = lengths[piece.protein] if pool == "mean" else _windows(lengths[piece.protein], max_length)
-                    embeddings[piece.protein] += value / parts
+                    length = int(lengths[piece.protein])
+                    embeddings[piece.protein] += value / (length if pool == "mean" else _windows(length, max_length))
             advance(sum(piece.keep_to - piece.keep_from for piece in batch))
     return report
 
@@ -209,10 +209,10 @@ def _cleaned(records, report: Report) -> list[str]:
 
 def _windows(length: int, window: int) -> int:
     """How many windows that overlap by at least half a protein needs."""
-    return 1 if length <= window else 1 + -(-int(length - window) // max(1, window // 2))
+    return 1 if length <= window else 1 + -(-(length - window) // max(1, window // 2))
 
 
-def _check(model: Esm, pool: str, batch_tokens: int) -> None:
+def _check(model: nnx.Module, pool: str, batch_tokens: int) -> None:
     if pool not in POOLS:
         raise UserError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
     if batch_tokens < 1:

@@ -43,19 +43,18 @@ def load(name: str | os.PathLike, dtype: str = "float32", *, scan_layers: bool =
     checkpoint = open_checkpoint(resolve(name, allow_download))
     kind = _kind(checkpoint)
     convert = importlib.import_module(f"jaxmodels.{kind}.convert")
-    fresh, ignore = (), ()
+    fresh: tuple[str, ...] = ()
     if kind == "esm":
         from jaxmodels.esm import checkpoint as esm
 
         _check_options(options, esm.prepare, kind)
         checkpoint, config, fresh = esm.prepare(checkpoint, **options)
-        ignore = esm.UNUSED
     else:
         _check_options(options, None, kind)
         config = convert.config_from_hf(checkpoint.config)
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
     entries = [entry for entry in convert.entries(config) if entry.path[0] not in fresh]
-    arrays = load_arrays(checkpoint, entries, dtype, ignore=ignore)
+    arrays = load_arrays(checkpoint, entries, dtype)
     return build(config, arrays | _fresh(config, fresh, seed))
 
 
