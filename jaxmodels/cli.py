@@ -381,7 +381,10 @@ def _load(arguments: argparse.Namespace, needs_tokenizer: bool):
 
     path = resolve(arguments.model, arguments.allow_download)
     tokenizer = load_tokenizer(path) if needs_tokenizer or has_tokenizer(path) else None
-    return jaxmodels.load(path, arguments.dtype), tokenizer
+    model = jaxmodels.load(path, arguments.dtype)
+    if not isinstance(model, jaxmodels.Decoder):
+        raise UserError(f"{arguments.model} is an encoder; only decoders are split and pruned: give one of those")
+    return model, tokenizer
 
 
 def _save(model, out: Path, tokenizer, source: str) -> Path:

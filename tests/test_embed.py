@@ -162,3 +162,11 @@ def test_the_command(tmp_path, model, records, expected, capsys):
         assert words in told and told.count("jaxmodels:") == 1
     (tmp_path / "p.fasta").write_text("MKV\n")
     assert cli.main(arguments) == 2 and "before any header" in capsys.readouterr().err
+
+
+def test_commands_for_decoders_refuse_an_encoder(tmp_path, model, capsys):
+    jaxmodels.save(model, tmp_path / "model")
+    for command in (["split"], ["prune", "--keep", str(tmp_path / "keep.npy")]):
+        np.save(tmp_path / "keep.npy", np.ones((1, 48), bool))
+        assert cli.main([*command, str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
+        assert "is an encoder; only decoders are split and pruned" in capsys.readouterr().err

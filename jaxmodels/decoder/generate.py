@@ -179,6 +179,8 @@ def generate_text(name, prompts: Sequence[str], max_new_tokens: int = 128, tempe
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
     model = load(name, dtype, scan_layers=False, allow_download=allow_download)
+    if not isinstance(model, Decoder):
+        raise UserError(f"{name} is an encoder, and only decoders continue a text; give one of those")
     stop = {*model.cfg.eos_ids, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))}
     rows = generate(model, ids, max_new_tokens, sampling=sampling, seed=seed, stop_ids=tuple(stop))
     return [tokenizer.decode(row, skip_special=True) for row in rows]
