@@ -17,6 +17,7 @@ from jaxmodels.errors import UserError
 
 Edits = Mapping[str, Any]  # arrays of numpy or jax, or numbers
 Reduce = Callable[[jax.Array, jax.Array], Any]
+KINDS = ("reduce", "edit", "scale", "add", "mask")  # what is told by point, beside `record`
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +30,15 @@ class Taps:
       reduce: ``{point: fn}``; ``fn(value, token_mask)`` runs inside the scan over layers, so that only what it returns
         is stacked. ``value`` is [B, T, ...], ``token_mask`` bool[B, T]. Pass arrays that differ by layer through
         ``jax.tree_util.Partial(fn, array)``: leaves carry a leading layer axis and arrive sliced.
-      scale, add, mask: ``{point: array}`` that broadcast to [L, B, T, ...]. A value v becomes ``v * scale + add``, then
-        0 where ``mask`` is False. The leading axis is L, or 1 for the same edit in every layer.
+      edit: ``{point: fn}``; a value v becomes ``fn(v, token_mask)``. Arrays go through ``Partial`` as with ``reduce``.
+      scale, add, mask: ``{point: array}`` that broadcast to [L, B, T, ...]. A value v (after ``edit``)
+        becomes ``v * scale + add``, then 0 where ``mask`` is False. The leading axis is L, or 1 for the same edit in
+        every layer.
     """
 
     record: Iterable[str] = dataclasses.field(default=(), metadata={"static": True})
     reduce: Mapping[str, Reduce] = dataclasses.field(default_factory=dict)
+    edit: Mapping[str, Reduce] = dataclasses.field(default_factory=dict)
     scale: Edits = dataclasses.field(default_factory=dict)
     add: Edits = dataclasses.field(default_factory=dict)
     mask: Edits = dataclasses.field(default_factory=dict)
@@ -43,15 +47,16 @@ class Taps:
         if isinstance(self.record, str):
             raise UserError(f"Taps(record={self.record!r}) is a string; write record=({self.record!r},)")
         # A plain function would be a leaf of the pytree, which jit refuses: Partial makes it static.
-        reduce = {k: f if isinstance(f, jax.tree_util.Partial) or not callable(f) else jax.tree_util.Partial(f)
-                  for k, f in self.reduce.items()}
-        object.__setattr__(self, "reduce", reduce)
+        for kind in ("reduce", "edit"):
+            functions = {k: f if isinstance(f, jax.tree_util.Partial) or not callable(f) else jax.tree_util.Partial(f)
+                         for k, f in getattr(self, kind).items()}
+            object.__setattr__(self, kind, functions)
         object.__setattr__(self, "record", tuple(self.record))  # static under jit, so it must hash
 
     @property
     def points(self) -> frozenset[str]:
         """Every point that is named anywhere in these taps."""
-        return frozenset(self.record).union(self.reduce, self.scale, self.add, self.mask)
+        return frozenset(self.record).union(*(getattr(self, kind) for kind in KINDS))
 
     def check(self, points: Iterable[str], num_layers: int) -> None:
         """Raises UserError for a point the model does not have, or an array whose layer axis does not fit."""
@@ -60,7 +65,7 @@ class Taps:
             near = difflib.get_close_matches(name, points, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(points)}"
             raise UserError(f"tap {name!r} is not a point of this model; {hint}")
-        for kind in ("reduce", "scale", "add", "mask"):
+        for kind in KINDS:
             for name, value in getattr(self, kind).items():
                 layers = num_layers + (name == "residual")
                 wrong = [jnp.shape(a)[0] for a in jax.tree.leaves(value)
@@ -96,6 +101,8 @@ class Probe:
 
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
         taps = self.taps
+        if name in taps.edit:
+            value = taps.edit[name](value, self.token_mask).astype(value.dtype)
         if name in taps.scale:
             value = value * self._fit("scale", name, value).astype(value.dtype)
         if name in taps.add:

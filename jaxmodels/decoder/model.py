@@ -119,8 +119,11 @@ class Decoder(nnx.Module):
         return _run(graphdef, state, tokens, mask, positions, segments, taps, logits)
 
     def forward(self, tokens, *, mask=None, positions=None, segments=None, taps: Taps = NO_TAPS, logits="all",
-                cache: Cache | None = None):
-        """The pure forward pass, for use inside other transforms. Returns (logits, aux, cache)."""
+                cache: Cache | None = None, start: tuple[jax.Array, jax.Array] | None = None):
+        """The pure forward pass, for use inside other transforms. Returns (logits, aux, cache).
+
+        start: (layer, what enters it [B, T, D]), see ``stack.run_from``: layers before it are left out.
+        """
         cfg = self.cfg
         _check_taps(taps, cfg)
         tokens = jnp.asarray(tokens)
@@ -128,6 +131,8 @@ class Decoder(nnx.Module):
             raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; a batch of rows is needed: int32[B, T]")
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         context, cache = make_context(cfg, mask, positions, segments, cache)
+        if start is not None:
+            return self._logits(stack.run_from(self.groups, cfg, *start, context, taps, mask), logits), {}, None
         probe = stack.embedding_probe(taps, mask)
         x = probe("embedding", self.embed[...][tokens].astype(cfg.dtype))
         caches = None if cache is None else list(zip(cache.keys, cache.values, strict=True))

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.errors import UserError
 from jaxmodels.layers.attention import NO_WINDOW, Context
-from jaxmodels.taps import Taps
+from jaxmodels.taps import KINDS, NO_TAPS, Taps
 
 
 def stack(block: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -45,6 +46,33 @@ def run(groups, cfg, x: jax.Array, context: Context, taps: Taps, mask: jax.Array
     return x, aux, kept if caches is not None else None
 
 
+def run_from(groups, cfg, start: jax.Array, x: jax.Array, context: Context, taps: Taps, mask: jax.Array) -> jax.Array:
+    """Runs layers start..L-1 on x [B, T, D], what enters layer ``start`` (int32[], data: one compilation for all).
+
+    The taps are those of that one layer, with a leading axis of 1, and may edit but not record. For whoever runs the
+    end of a model many times over the same beginning. Raises UserError for layers that are not equal and stacked.
+    """
+    if len(groups) != 1:
+        raise UserError("only equal layers, stacked (scan_layers=True), can be started at any of them; this model has "
+                        f"{len(groups)} groups of layers")
+    graphdef, params = nnx.split(groups[0])
+    windows = _windows(cfg, 0, cfg.num_layers) if context.distance is not None else None
+    width = cfg.ffn_widths[0]
+
+    def layer(x, params, taps, window):
+        return nnx.merge(graphdef, params)(x, context, taps.probe(mask, width, width), window)[0]
+
+    first, window = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, start, keepdims=False), (params, windows))
+    x = layer(x, first, jax.tree.map(lambda a: a[0], taps.layers(0, 1)), window)
+
+    def step(x, sliced):
+        i, params, window = sliced
+        # `start` is one number, also under vmap: what is skipped is not computed.
+        return jax.lax.cond(i > start, lambda x: layer(x, params, NO_TAPS, window), lambda x: x, x), None
+
+    return jax.lax.scan(step, x, (jnp.arange(cfg.num_layers), params, windows))[0]
+
+
 def layer_of(groups, cfg, layer: int) -> nnx.Module:
     """One layer as a module of its own."""
     group = next(g for g, (start, stop) in enumerate(cfg.groups) if start <= layer < stop)
@@ -56,7 +84,7 @@ def select(taps: Taps, keep: Callable[[str], bool]) -> Taps:
     """The taps at the points that ``keep`` says."""
     return Taps(record=tuple(n for n in taps.record if keep(n)),
                 **{kind: {n: e for n, e in getattr(taps, kind).items() if keep(n)}
-                   for kind in ("reduce", "scale", "add", "mask")})
+                   for kind in KINDS})
 
 
 def embedding_probe(taps: Taps, mask: jax.Array):
@@ -67,9 +95,7 @@ def embedding_probe(taps: Taps, mask: jax.Array):
 def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
     """Runs layers start..stop-1: a scan over the stacked parameters, or one layer."""
     graphdef, params = nnx.split(group)
-    windows = None
-    if context.distance is not None:
-        windows = jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows[start:stop]], jnp.int32)
+    windows = _windows(cfg, start, stop) if context.distance is not None else None
     taps = select(taps, lambda name: name != "embedding").layers(start, stop)
     width, widest = cfg.ffn_widths[start], max(cfg.ffn_widths)
 
@@ -90,6 +116,10 @@ def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
     else:
         x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache))
     return x, out, cache
+
+
+def _windows(cfg, start, stop):
+    return jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows[start:stop]], jnp.int32)
 
 
 def _last_residual_probe(taps: Taps, mask):
