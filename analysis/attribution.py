@@ -141,7 +141,7 @@ def integrated_gradients(
         masked inputs. For `conductance`, {"embedding": ...}.
       tokens: ``each``, or ``sum`` over the ``counted`` tokens (bool[B, T]; default all that are not padding), which is
         done inside: [L, B, T, *site] then never exists in `gate`. The error counts all tokens.
-      chunk: nodes at once; default: by the device's free memory, 1 on CPU.
+      chunk: nodes at once; default: by the device's free memory, 3 on CPU.
       force: also for a model that computes in less than float32, whose small gradients completeness needs.
 
     Raises UserError for points the model lacks, numbers that are not finite (also a target that does not exist), and
@@ -225,7 +225,7 @@ class _Run:
             return wanted
         device = jax.devices()[0]
         if device.platform == "cpu":
-            return 1  # more at once leave the caches and are slower (docs/log.md)
+            return 3  # with the start, 21 nodes are 7 chunks; more at once leave the caches (docs/log.md)
         stats = device.memory_stats() or {}
         free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
         one = compile_one().memory_analysis().temp_size_in_bytes
@@ -276,7 +276,7 @@ def _sites(run: _Run, rounds, tolerance, chunk) -> Attribution:
 
 
 def _doubled(compute, rounds, tolerance, end):
-    """(values, error, steps, end, start), of every example the most complete round up to one that is complete enough."""
+    """(values, error, steps, end, start), of every example the most complete round, up to one complete enough."""
     values, total, start = compute(rounds[0])
     error, steps = jnp.abs(total - (end - start)), jnp.full(end.shape, len(rounds[0][0]))
     for more in rounds[1:]:
