@@ -42,7 +42,7 @@ def expected(model, records):
     return [h[:len(row)] for h, row in zip(hidden, rows, strict=True)]
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
+@pytest.mark.parametrize("pool", ["mean", pytest.param("cls", marks=pytest.mark.long), "none"])
 def test_rows_in_the_order_of_the_file(tmp_path, model, records, expected, pool):
     seen = []
     report = embed(model, records, tmp_path / "e.npz", pool=pool, batch_tokens=128, about="m",
