@@ -1,0 +1,321 @@
+"""Knowledge neurons: statistics, selection, masks, places; and the whole study, tiny."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from analysis.attribution import SITES, class_probability, integrated_gradients
+from analysis.knowledge_neurons import keep, scores, selection, where
+from analysis.knowledge_neurons.neurons import POINTS, Layout, chosen
+from jaxmodels.errors import UserError
+from jaxmodels.esm.config import EsmConfig
+from jaxmodels.esm.model import Esm
+from jaxmodels.taps import Taps
+from train import metrics
+
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = EsmConfig(d_model=16, num_heads=2, ffn_widths=(64,) * 2, classes=3, lm_head=False, contact_head=False)
+    return Esm(cfg, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def layout(model):
+    return Layout.of(model.cfg)
+
+
+@pytest.fixture(scope="module")
+def proteins():
+    r = np.random.default_rng(0)
+    return ["".join(r.choice(list(RESIDUES), n)) for n in (5, 9, 14, 3, 11, 20, 7)]
+
+
+@pytest.fixture(scope="module")
+def batches(proteins):
+    return scores.batches_of(proteins, 24, 48)  # two rows of 24 tokens: four batches, the last filled up
+
+
+# Neurons
+
+
+def test_a_vector_of_neurons_and_its_arrays(layout):
+    assert layout.size == 9 * 16 * 2 and layout.widths == (16, 16, 16, 16, 64, 16)
+    vector = np.arange(layout.size)
+    arrays = layout.arrays(vector)
+    assert arrays["attention.key"].shape == (2, 1, 1, 2, 8) and arrays["ffn.hidden"].shape == (2, 1, 1, 64)
+    back = layout.flat({p: a[:, 0, 0] for p, a in arrays.items()})
+    assert (back == vector).all()
+    assert (layout.cell[arrays["ffn.hidden"][1].ravel()] == 4 * 2 + 1).all()
+    assert layout.counts(np.ones(layout.size, bool)).tolist() == layout.sizes.tolist()
+    with pytest.raises(UserError, match="unequal widths"):
+        Layout.of(EsmConfig(d_model=16, num_heads=2, ffn_widths=(64, 32)))
+    with pytest.raises(UserError, match="one number for each"):
+        layout.arrays(vector[1:])
+
+
+def test_ranks_within_site_and_layer(layout):
+    r = np.random.default_rng(0)
+    values = r.exponential(size=layout.size) * 10.0 ** (layout.cell % 5)
+    quantiles, scaled = layout.quantiles(values), layout.scaled(values)
+    for cell in range(12):
+        inside = layout.cell == cell
+        assert sorted(quantiles[inside]) == pytest.approx((np.arange(inside.sum()) + 0.5) / inside.sum())
+        assert (np.argsort(quantiles[inside]) == np.argsort(values[inside])).all()
+        assert scaled[inside].mean() == pytest.approx(1)
+    # what the report says of quantiles: they keep the same share everywhere
+    kept = layout.counts(selection.top(quantiles, 0.25)) / layout.sizes
+    np.testing.assert_allclose(kept, 0.25, atol=1 / 16)
+
+
+def test_pairs_are_summed_and_nothing_else_changes(layout):
+    r = np.random.default_rng(0)
+    values = r.normal(size=(3, layout.size))
+    found = layout.arrays(layout.pair_summed(values)[1])
+    before = layout.arrays(values[1])
+    for name in ("q", "k"):
+        a, b = before[SITES[name]][:, 0, 0], found[SITES[name]][:, 0, 0]
+        np.testing.assert_allclose(b[..., :4], (a[..., :4] + a[..., 4:]) / 2)
+        np.testing.assert_allclose(b[..., :4], b[..., 4:])
+    for name in ("v", "o", "fc1", "fc2"):
+        assert (before[SITES[name]] == found[SITES[name]]).all()
+
+
+def test_the_first_examples_of_every_class():
+    assert chosen([2, 0, 2, 2, 1, 0, 0], 2).tolist() == [0, 1, 2, 4, 5]
+    assert chosen([2, 0, 2], None).tolist() == [0, 1, 2]
+
+
+# Activations
+
+
+def test_streamed_statistics_are_those_of_numpy(model, layout, proteins, batches):
+    group = np.array([0, 3, 1, 3, 0, 5, -1])  # classes 0, 1, 2 in two halves; 2 and 4 have nobody; -1 is in none
+    found = scores.activation_moments(model, layout, batches, group, 6)
+    tokens = {g: [] for g in range(6)}
+    for i, protein in enumerate(proteins):
+        row = scores.batches_of([protein], 24, 24)[0].tokens
+        aux = model(row, output="none", taps=Taps(record=POINTS))[1]
+        if group[i] >= 0:
+            tokens[group[i]].append(layout.flat(aux, lead=2)[0, :len(protein) + 2].astype(np.float64))
+    for g in range(6):
+        if not tokens[g]:
+            assert found.count[g] == 0 and not found.mean[g].any()
+            continue
+        a = np.concatenate(tokens[g])
+        assert found.count[g] == len(a)
+        for got, want in ((found.mean, a.mean(0)), (found.variance, a.var(0)), (found.absolute, np.abs(a).mean(0))):
+            np.testing.assert_allclose(got[g], want, rtol=2e-4, atol=2e-6)
+    every = np.concatenate([a for parts in tokens.values() for a in parts])
+    whole = found.join(range(6))
+    assert whole.count == len(every)
+    np.testing.assert_allclose(whole.variance, every.var(0), rtol=2e-4, atol=2e-6)
+    told = scores.activation_scores(found, 3)
+    np.testing.assert_allclose(told["raw"], np.abs(every).mean(0), rtol=2e-4)
+    np.testing.assert_allclose(told["rms"], np.sqrt((every ** 2).mean(0)), rtol=2e-4)
+    contrasts = []
+    for c in range(3):
+        inside, outside = (np.concatenate([a for g in range(6) if (g % 3 == c) is own for a in tokens[g]])
+                           for own in (True, False))
+        pooled = np.sqrt((len(inside) * inside.var(0) + len(outside) * outside.var(0)) / len(every))
+        contrasts.append(np.abs(inside.mean(0) - outside.mean(0)) / pooled)
+    np.testing.assert_allclose(told["contrast"], np.mean(contrasts, 0), rtol=2e-3, atol=1e-4)
+
+
+def test_a_small_variance_beside_a_large_mean_survives():
+    """E[x²] - E[x]² in float32 would give 0 or worse."""
+    r = np.random.default_rng(0)
+    value = (1000 + 0.01 * r.normal(size=(2, 50, 8))).astype(np.float32)
+    found = np.asarray(scores._fold(jnp.ones((1, 2)), jnp.asarray(value), jnp.ones((2, 50), bool)))
+    np.testing.assert_allclose(found[1, 0], value.astype(np.float64).var((0, 1)), rtol=0.05)
+
+
+# Contributions
+
+
+def test_contributions_are_summed_by_group_and_go_on(model, layout, batches):
+    labels, group = np.array([0, 1, 2, 0, 1, 2, 0]), np.array([0, 1, 2, 3, 4, 5, 3])
+    kept = []
+    whole = scores.attribute(model, layout, batches, labels, group, 6, steps=4, max_steps=4, after=kept.append)
+    # as stored after the second batch
+    half = scores.attribute(model, layout, batches[:2], labels, group, 6, steps=4, max_steps=4)
+    again = scores.attribute(model, layout, batches, labels, group, 6, steps=4, max_steps=4, before=half)
+    assert len(kept) == len(batches) == 4 and (again.signed == whole.signed).all() and again.done == 4
+    assert whole.count.tolist() == [1, 1, 1, 2, 1, 1]
+    alone = []
+    for batch in batches:
+        found = integrated_gradients(
+            model, batch.tokens, point=POINTS, steps=4, max_steps=4, mode="gate", tokens="sum",
+            target=class_probability(batch.fill(labels)), options={"output": "class"})
+        rows = layout.flat(found.values, 1)
+        alone += [rows[row] for row, i in enumerate(batch.index) if group[i] == 3]
+    assert len(alone) == 2
+    np.testing.assert_allclose(whole.signed[3], sum(alone), atol=1e-7)
+    np.testing.assert_allclose(whole.absolute[3], np.abs(alone).sum(0), atol=1e-6)
+    by_class = whole.of_classes(3)
+    np.testing.assert_allclose(by_class[0], (whole.signed[0] + whole.signed[3]) / 3)
+    np.testing.assert_allclose(whole.of_classes(3, halves=[1])[0], whole.signed[3] / 2)
+    by_class[1] = np.nan
+    np.testing.assert_allclose(scores.task_score(by_class), np.abs(by_class[[0, 2]]).mean(0))
+    with pytest.raises(UserError, match="classified correctly"):
+        scores.task_score(by_class[[1]])
+
+
+@pytest.mark.long
+def test_totals_over_queries_and_keys_are_equal(model, layout, batches):
+    """Zero queries and zero keys give the same uniform attention: what the report must say of "keys are special"."""
+    found = scores.attribute(model, layout, batches[:1], np.zeros(7, int), np.zeros(7, int), 2, mode="site", steps=16,
+                             max_steps=16)
+    totals = np.bincount(layout.cell, weights=found.signed[0]).reshape(6, 2)
+    np.testing.assert_allclose(totals[0], totals[1], atol=2e-6)
+    assert np.abs(totals[0]).max() > 1e-5
+
+
+# Selection
+
+
+@pytest.fixture(scope="module")
+def scored(layout):
+    r = np.random.default_rng(1)
+    return {name: r.exponential(size=layout.size) * (1 + 3 * (layout.cell // 2 == 1)) for name in selection.SCORED}
+
+
+@pytest.mark.parametrize("method", selection.METHODS)
+def test_a_selection_has_as_many_neurons_as_its_share_and_grows(method, layout, scored):
+    before = np.zeros(layout.size, bool)
+    for share in selection.BUDGETS:
+        kept = selection.select(method, share, scored, layout, seed=3)
+        assert kept.sum() == max(round(share * layout.size), 1) and not (before & ~kept).any()
+        before = kept
+    assert kept.all()
+
+
+def test_what_methods_select(layout, scored):
+    best = selection.select("ig_gate", 0.1, scored, layout)
+    assert scored["ig_gate"][best].min() >= scored["ig_gate"][~best].max()
+    worst = selection.select("bottom", 0.1, scored, layout)
+    assert scored["ig_gate"][worst].max() <= scored["ig_gate"][~worst].min()
+    drawn = [selection.select("random_matched", 0.1, scored, layout, seed) for seed in (0, 1)]
+    assert all((layout.counts(one) == layout.counts(best)).all() for one in drawn)
+    assert (drawn[0] != drawn[1]).any() and (drawn[0] != best).any()
+    random = [selection.select("random", 0.1, scored, layout, seed) for seed in (0, 1)]
+    assert (random[0] != random[1]).any() and (layout.counts(random[0]) != layout.counts(best)).any()
+    ties = np.stack([selection.top(np.ones(layout.size), 0.5, seed) for seed in range(40)])
+    assert ties.mean(0).min() > 0.2 and ties.mean(0).max() < 0.8  # not the first ones every time
+
+
+def test_what_cannot_be_selected(layout, scored):
+    for share in (0, 1.5):
+        with pytest.raises(UserError, match="above 0"):
+            selection.top(np.ones(4), share)
+    with pytest.raises(UserError, match="not numbers"):
+        selection.top(np.array([1.0, np.nan]), 0.5)
+    with pytest.raises(UserError, match="not one of"):
+        selection.select("best", 0.1, scored, layout)
+    with pytest.raises(UserError, match="needs the scores 'ig_gate'"):
+        selection.select("bottom", 0.1, {}, layout)
+
+
+# Keeping
+
+
+def test_masks_of_ones_and_of_zeros(model, layout, batches):
+    keeper = keep.Keeper(model, layout, batches)
+    everything, nothing = np.ones(layout.size, bool), np.zeros(layout.size, bool)
+    plain = np.zeros((7, 3), np.float32)
+    for batch in batches:
+        plain[batch.index] = np.asarray(model(batch.tokens, output="class")[0])[:len(batch.index)]
+    r = np.random.default_rng(0)
+    full = keeper.logits(everything, value=r.normal(size=layout.size))
+    assert (full.view(np.uint32) == plain.view(np.uint32)).all()
+    off = {p: np.zeros((1, 1, 1, 1), bool) if a.ndim == 4 else np.zeros((1, 1, 1, 1, 1), bool)
+           for p, a in layout.arrays(nothing).items()}
+    patched = np.asarray(model(batches[0].tokens, output="class", taps=Taps(mask=off))[0])
+    np.testing.assert_allclose(keeper.logits(nothing)[batches[0].index], patched[:len(batches[0].index)], atol=1e-6)
+    # docs/taps.md's form of the same: h·c + (1 - c)·r
+    some, value = r.random(layout.size) < 0.5, r.normal(size=layout.size).astype(np.float32)
+    taps = Taps(scale=layout.arrays(some.astype(np.float32)), add=layout.arrays(np.where(some, 0, value)))
+    want = np.asarray(model(batches[0].tokens, output="class", taps=taps)[0])
+    np.testing.assert_allclose(keeper.logits(some, value)[batches[0].index], want[:len(batches[0].index)], atol=1e-5)
+
+
+def test_one_program_serves_all_masks(model, layout, batches):
+    keeper = keep.Keeper(model, layout, batches)
+    keeper.classes(np.ones(layout.size, bool))
+    before = keep._logits._cache_size()
+    r = np.random.default_rng(0)
+    for _ in range(3):
+        keeper.classes(r.random(layout.size) < 0.5, r.normal(size=layout.size))
+    assert keep._logits._cache_size() == before
+
+
+def test_areas_and_smallest_shares():
+    shares = (0.01, 0.1, 1.0)
+    assert keep.log_area(shares, [0.3, 0.3, 0.3]) == pytest.approx(0.3)
+    assert keep.log_area(shares, [0.0, 0.5, 1.0]) == pytest.approx(0.5)
+    assert keep.log_area((0.1, 1.0), [[0, 1], [1, 1]]).tolist() == pytest.approx([0.5, 1])
+    with pytest.raises(UserError, match="rise"):
+        keep.log_area((0.1, 0.1), [0, 1])
+    assert keep.smallest_enough(shares, [0.1, 0.96, 1.0], 1.0) == 0.1
+    assert keep.smallest_enough(shares, [0.99, 0.5, 1.0], 1.0) == 1.0  # the first was luck
+    assert keep.smallest_enough(shares, [0, 0, 0.9], 1.0) is None
+
+
+def test_the_interval_of_an_area_is_that_of_resampling():
+    r = np.random.default_rng(0)
+    truth, shares = r.integers(0, 3, 60), (0.01, 0.1, 1.0)
+    good = np.where(r.random((2, 3, 60)) < 0.8, truth, r.integers(0, 3, (2, 3, 60))).astype(np.int8)
+    poor = r.integers(0, 3, (3, 60)).astype(np.int8)
+    value, low, high = keep.area_differences(truth, good, poor, shares, 3, 400)
+
+    def area(i, answers):
+        f1 = keep.scores_of(truth[i], answers.reshape(-1, 3, 60)[..., i], 3)["macro_f1"]
+        return keep.log_area(shares, f1).mean()
+
+    def difference(i):
+        return area(i, good) - area(i, poor)
+
+    assert value == pytest.approx(difference(np.arange(60)), abs=1e-5) and low > 0
+    plain = [difference(r.integers(0, 60, 60)) for _ in range(200)]
+    np.testing.assert_allclose((low, high), np.quantile(plain, (0.025, 0.975)), atol=0.04)
+    recall = keep.scores_of(truth, poor, 3)["recall"]
+    assert recall.shape == (3, 3) and recall[0, 0] == pytest.approx((poor[0] == 0)[truth == 0].mean())
+    assert metrics.confusion(truth, truth, 3).sum() == 60
+
+
+# Places
+
+
+def test_planted_neurons_are_found_where_they_are(layout):
+    values = np.random.default_rng(0).random(layout.size)
+    values[layout.cell == 2 + 1] += 1  # k of layer 1: 16 of 288
+    found = where.enrichment(selection.top(values, 16 / layout.size), layout)
+    assert found["cell"].density[1, 1] == 1 and found["cell"].value[1, 1] == pytest.approx(288 / 16)
+    assert found["site"].value[1] == pytest.approx(9) and found["layer"].value.tolist() == pytest.approx([0, 2])
+    assert found["site"].value[1] > found["site"].high[1] and found["site"].value[0] < found["site"].low[0] + 1e-9
+    with pytest.raises(UserError, match="no neuron"):
+        where.enrichment(np.zeros(layout.size, bool), layout)
+
+
+def test_intervals_of_random_scores_hold_one_and_the_found_values(layout):
+    inside, one = [], []
+    for seed in range(60):
+        kept = selection.top(np.random.default_rng([seed, 7]).random(layout.size), 0.3)
+        found = where.enrichment(kept, layout, draws=200, seed=seed)["site"]
+        inside.append((found.low <= found.value) & (found.value <= found.high))
+        one.append((found.low <= 1) & (found.high >= 1))
+    assert np.mean(one) == 1 and 0.9 < np.mean(inside) <= 1
+
+
+def test_agreement_in_closed_form():
+    a = np.arange(200.0)
+    assert where.agreement(a, 2 * a) == pytest.approx((1, 1)) and where.agreement(a, -a) == pytest.approx((-1, 0))
+    assert np.isnan(where.spearman(a, np.ones(200)))
+    assert where.jaccard(np.array([1, 1, 0], bool), np.array([0, 1, 1], bool)) == pytest.approx(1 / 3)
+    assert np.isnan(where.jaccard(np.zeros(3, bool), np.zeros(3, bool)))
+    rows = where.overlaps({"a": a, "b": a, "c": -a})
+    assert [(row["first"], row["second"]) for row in rows] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert rows[0]["spearman"] == pytest.approx(1)
