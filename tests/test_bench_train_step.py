@@ -35,6 +35,7 @@ def broken(size, batch, weights, steps):
     raise OSError("no compiler\nfound")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [TOY, MOE], ids=lambda size: size.name)
 def test_rows(size, tmp_path, capsys):
     """Ours, PyTorch's if it is here, and a note for a peer that is absent or breaks."""
@@ -64,6 +65,7 @@ def test_rows(size, tmp_path, capsys):
     assert content["rows"][0]["precision"] == "float32" and content["about"]["device"]["platform"] == "cpu"
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_trainer_takes_its_turns():
     pytest.importorskip("accelerate")

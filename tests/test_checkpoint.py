@@ -217,6 +217,7 @@ def check_damaged(copy):
     return False
 
 
+@pytest.mark.long
 def test_bits_flipped_anywhere_give_the_older_step_or_the_same_values(saved, tmp_path):
     choose = random.Random(1)
     for attempt in range(40):
@@ -547,6 +548,7 @@ def two_processes(folder, part):
             process.kill()
 
 
+@pytest.mark.long
 def test_two_processes_agree_and_one_reads_what_they_wrote(tmp_path):
     folder = tmp_path / "c"
     for output, errors in two_processes(folder, "save"):

@@ -93,6 +93,7 @@ def test_split(places, source, tokens, model, capsys, tmp_path, options):
     assert load_tokenizer(out).encode("hello") == load_tokenizer(places / "model").encode("hello")
 
 
+@pytest.mark.long
 def test_split_with_a_router(places, source, capsys, tmp_path):
     out = run(capsys, "split", places / "model", "--out", tmp_path / "m", "--expert-size", 6, "--router", "linear",
               "--top-k", 2, "--block", 4, "--dtype", "bfloat16")
@@ -167,6 +168,7 @@ def keep_file(path, keep):
     return path
 
 
+@pytest.mark.long
 def test_prune_neurons_and_experts_of_a_file(places, capsys, tmp_path, tokens, model):
     neurons = np.random.default_rng(1).random((L, F)) < 0.5
     out = run(capsys, "prune", places / "model", "--keep", keep_file(tmp_path / "n.npy", neurons), "--out",
@@ -181,6 +183,7 @@ def test_prune_neurons_and_experts_of_a_file(places, capsys, tmp_path, tokens, m
     assert run(capsys, "generate", out, "--prompt", "hello", "--max-new-tokens", 2) is not None
 
 
+@pytest.mark.long
 def test_prune_for_a_language(places, source, capsys, tmp_path, tokens, model):
     """The neurons of the highest mean contribution, counted by hand; whole experts of a split model."""
     rows = read_rows(f"{source}:de", load_tokenizer(places / "model"), 16_384)["de"]
@@ -214,6 +217,7 @@ def strayed(pruned, model, rows):
     return ((streams[0] - streams[1])[rows.mask] ** 2).mean()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dense", "split", "file"])
 def test_repair(places, source, capsys, tmp_path, model, kind):
     """A repaired model is as small, keeps its output bias in the file, and strays less from the whole one."""
@@ -299,6 +303,7 @@ def test_ffn_inputs_are_what_the_layer_reads(places, source):
         assert all(x.shape == (7, 32) and np.allclose(x[0], y[0], atol=1e-5) for x, y in zip(few, inputs, strict=True))
 
 
+@pytest.mark.long
 def test_importance_is_what_removing_a_neuron_costs_to_first_order(model):
     """h_j · dloss/dh_j against finite differences of the loss, for one token's neuron through the taps."""
     rows = pack(["ein Text, der kurz ist"], tiny_tokenizer(), 16, 16)

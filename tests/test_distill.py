@@ -30,6 +30,7 @@ def test_with_all_tokens_it_is_the_kl_divergence():
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.long
 def test_a_student_comes_nearer_and_an_equal_one_stays(teacher):
     targets = teacher_targets(teacher, TOKENS, MASK, top=32)
     assert targets.ids.shape == (6, 16, 32) and (np.diff(targets.log_p) <= 0).all()
@@ -43,6 +44,7 @@ def test_a_student_comes_nearer_and_an_equal_one_stays(teacher):
     assert abs(same[0]) < 1e-4
 
 
+@pytest.mark.long
 def test_it_repeats_bit_for_bit_and_stops_in_time(teacher):
     targets = teacher_targets(teacher, TOKENS, MASK, top=16)
     keep = np.arange(32) < np.asarray([[16], [8]])

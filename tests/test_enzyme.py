@@ -125,6 +125,7 @@ def test_fmax_and_aupr_in_closed_form():
     assert metrics.macro_aupr(truth, np.zeros((3, 4))) == pytest.approx(1 / 3)
 
 
+@pytest.mark.long
 def test_rates_by_layer():
     start = Esm(EsmConfig.tiny(classes=7, contact_head=False, lm_head=False), rngs=nnx.Rngs(0))
     params = split(start)[1]
@@ -318,6 +319,7 @@ def test_fine_tuning_tells_the_model_beside_every_floor(tuned):
     assert "composition, logistic regression" in page and "encoder beside its floors" in page
 
 
+@pytest.mark.long
 def test_fine_tuning_goes_on_where_it_stopped(tuned, tmp_path, monkeypatch):
     results, whole, overrides = tuned
     out = tmp_path / "halves"
@@ -331,6 +333,7 @@ def test_fine_tuning_goes_on_where_it_stopped(tuned, tmp_path, monkeypatch):
     assert all((a == b).all() for a, b in zip(weights(out), weights(whole), strict=True))
 
 
+@pytest.mark.long
 def test_training_ends_when_nothing_gets_better(tuned, tmp_path):
     _, _, overrides = tuned
     still = [one for one in overrides if not one.startswith("optimizer")]

@@ -68,7 +68,7 @@ def test_the_alphabet():
         pad_batch([encode("ACDE")[0]], 4)
 
 
-@pytest.mark.parametrize("name", ["esm2", pytest.param("esm1b", marks=pytest.mark.long), "roberta"])
+@pytest.mark.parametrize("name", ["esm2", *(pytest.param(n, marks=pytest.mark.long) for n in ("esm1b", "roberta"))])
 def test_a_protein_alone_padded_and_packed(name):
     """The same logits to 1e-5, with masked tokens: their compensation is each protein's own."""
     model, batch = random_esm(CONFIGS[name]), padded(T)
@@ -172,6 +172,7 @@ def test_a_learned_table_has_an_end():
     assert np.isnan(np.asarray(model(long, segments=np.array(does_not, np.int32))[0])).any()
 
 
+@pytest.mark.long
 def test_soft_tokens_that_are_certain_are_ids(esm2):
     """With masks, padding and odd letters, padded and packed; the gradient reaches every letter."""
     tokens, segments, _ = packed(44)

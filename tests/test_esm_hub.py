@@ -82,6 +82,7 @@ def test_rotary_frequencies_wherever_they_are(load, weights):
     weights[INV_FREQ] = value
 
 
+@pytest.mark.long
 def test_heads_that_are_missing_or_asked_for(load, weights):
     headless = {name: value for name, value in weights.items() if not name.startswith("lm_head")}
     with pytest.raises(UserError, match="promises a masked-LM head, its tensors hold none; load it with lm_head=False"):

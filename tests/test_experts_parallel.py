@@ -162,6 +162,7 @@ def test_plain_layers_shared_experts_and_no_weights():
         close(run(experts, x, active=active), wanted)
 
 
+@pytest.mark.long
 def test_models_use_the_ambient_mesh():
     """A whole decoder, scanned, with balancing biases: the same logits and gradients under a mesh as without one."""
     from flax import nnx

@@ -146,6 +146,7 @@ def test_exponentials_of_the_compiled_activations_over_their_whole_range():
     assert np.isnan(square[-2]) and square[-1] == np.inf
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("implementation", CHOICES[:-2])
 def test_gradients_of_all_orders(implementation):
     x, w, dy = draw(np.random.default_rng(2), 7, 3, 4, 3)

@@ -117,6 +117,7 @@ def check(run, x, w, dy, sizes, limits=(2e-6, 2e-6, 2e-6)):
     return got
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config, sizes", [
     (SMALL, [[0, 0, 75, 0, 0], [2, 31, 0, 33, 7]]),
     (BLOCKS, [[0, 33, 0, 31, 11], [1, 1, 1, 0, 1], [0, 0, 0, 0, 0]]),
@@ -238,6 +239,7 @@ def test_one_compilation_and_the_same_bits_twice(plain):
     assert run._cache_size() == 1
 
 
+@pytest.mark.long
 def test_gradients_of_all_orders(plain):
     x, w, _ = draw(np.random.default_rng(9), 7, 3, 4, 3)
     sizes = jnp.array([2, 0, 4], jnp.int32)

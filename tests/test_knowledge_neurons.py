@@ -1,18 +1,30 @@
 """Knowledge neurons: statistics, selection, masks, places; and the whole study, tiny."""
 
+import gzip
+import json
+import warnings
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import jaxmodels
 from analysis.attribution import SITES, class_probability, integrated_gradients
-from analysis.knowledge_neurons import keep, scores, selection, where
+from analysis.knowledge_neurons import claims, keep, report, scores, selection, study, where
+from analysis.knowledge_neurons.methods import BUDGETS, METHODS, SCORED
 from analysis.knowledge_neurons.neurons import POINTS, Layout, chosen
-from jaxmodels.errors import UserError
+from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.esm.config import EsmConfig
 from jaxmodels.esm.model import Esm
 from jaxmodels.taps import Taps
-from train import metrics
+from train import enzyme, metrics, protein_pretrain
+from train.runtime.config import resolve, to_dict
+from train.runtime.mesh import make_mesh
+from train.runtime.run_folder import RunFolder
+from train.runtime.signals import stop
+from train.settings import MeshConfig
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -180,13 +192,13 @@ def test_totals_over_queries_and_keys_are_equal(model, layout, batches):
 @pytest.fixture(scope="module")
 def scored(layout):
     r = np.random.default_rng(1)
-    return {name: r.exponential(size=layout.size) * (1 + 3 * (layout.cell // 2 == 1)) for name in selection.SCORED}
+    return {name: r.exponential(size=layout.size) * (1 + 3 * (layout.cell // 2 == 1)) for name in SCORED}
 
 
-@pytest.mark.parametrize("method", selection.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_selection_has_as_many_neurons_as_its_share_and_grows(method, layout, scored):
     before = np.zeros(layout.size, bool)
-    for share in selection.BUDGETS:
+    for share in BUDGETS:
         kept = selection.select(method, share, scored, layout, seed=3)
         assert kept.sum() == max(round(share * layout.size), 1) and not (before & ~kept).any()
         before = kept
@@ -269,7 +281,9 @@ def test_the_interval_of_an_area_is_that_of_resampling():
     truth, shares = r.integers(0, 3, 60), (0.01, 0.1, 1.0)
     good = np.where(r.random((2, 3, 60)) < 0.8, truth, r.integers(0, 3, (2, 3, 60))).astype(np.int8)
     poor = r.integers(0, 3, (3, 60)).astype(np.int8)
-    value, low, high = keep.area_differences(truth, good, poor, shares, 3, 400)
+    drawn = [keep.log_area(shares, keep.bootstrap_f1(truth, a.reshape(-1, 3, 60), 3, 400)).mean(1)
+             for a in (good, poor)]
+    value, low, high = keep.interval(drawn[0] - drawn[1])
 
     def area(i, answers):
         f1 = keep.scores_of(truth[i], answers.reshape(-1, 3, 60)[..., i], 3)["macro_f1"]
@@ -283,7 +297,10 @@ def test_the_interval_of_an_area_is_that_of_resampling():
     np.testing.assert_allclose((low, high), np.quantile(plain, (0.025, 0.975)), atol=0.04)
     recall = keep.scores_of(truth, poor, 3)["recall"]
     assert recall.shape == (3, 3) and recall[0, 0] == pytest.approx((poor[0] == 0)[truth == 0].mean())
-    assert metrics.confusion(truth, truth, 3).sum() == 60
+    drawn = keep.bootstrap_recall(truth, poor, 3, 200)
+    np.testing.assert_allclose(drawn[0], recall)
+    assert metrics.bootstrap(metrics.confusion(truth, poor[0].astype(int), 3), 4000)["recall"][:, 0] == pytest.approx(
+        keep.interval(drawn[:, 0, 0])[1:], abs=0.05)
 
 
 # Places
@@ -319,3 +336,201 @@ def test_agreement_in_closed_form():
     rows = where.overlaps({"a": a, "b": a, "c": -a})
     assert [(row["first"], row["second"]) for row in rows] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert rows[0]["spearman"] == pytest.approx(1)
+
+
+# What can be said
+
+
+def table(area=(0.1, 0.05, 0.2), keys=2.0, weak=False):
+    """Tables with a difference of areas, an enrichment of k and a classifier that works or not."""
+    cfg = resolve("esm_knowledge_neurons")
+    rows = [{"ablation": ablation, "direction": direction, "method": method, "control": control,
+             **dict(zip(("difference", "low", "high"), area if direction == "keep" else [-x for x in area],
+                        strict=True))}
+            for ablation in ("zero", "mean") for direction in ("keep", "drop") for method in ("activation", "ig_gate")
+            for control in ("random", "random_matched")]
+    places = [{"kind": "site", "site": "k", "ranking": ranking, "share": share, "enrichment": keys, "high": 1.3}
+              for ranking in claims.JUDGES for share in cfg.where.shares]
+    return cfg, {"full": {"macro_f1": 0.5, "macro_f1_low": 0.05 if weak else 0.4, "commonest_macro_f1": 0.08},
+                 "differences": rows, "where": places, "reliability": [{"ranking": "ig_gate", "spearman": 0.4}],
+                 "specificity": {name: {"gap": 0.1, "low": -0.1, "high": 0.3} for name in ("zero", "mean")}}
+
+
+def verdicts(*arguments, **options):
+    return {row["name"]: row["verdict"] for row in claims.statements(*table(*arguments, **options))}
+
+
+def test_verdicts_follow_the_intervals():
+    good = verdicts()
+    assert good["keep.ig_gate.random_matched"] == good["drop.ig_gate.random"] == claims.YES
+    assert good["specific"] == claims.OPEN and good["reliable"] == claims.NO
+    assert verdicts((-0.1, -0.2, -0.05))["keep.activation.random"] == claims.NO
+    assert verdicts((0.1, -0.05, 0.2))["keep.activation.random"] == claims.OPEN
+
+
+def test_keys_can_fail_but_quantiles_cannot_support_them():
+    assert verdicts(keys=1.1)["keys"] == claims.NO
+    row = next(row for row in claims.statements(*table()) if row["name"] == "keys")
+    assert row["verdict"] == claims.OPEN and "by construction" in row["why"]
+
+
+def test_a_weak_classifier_decides_nothing_about_behaviour():
+    found = verdicts(weak=True)
+    assert {v for name, v in found.items() if name != "reliable"} == {claims.OPEN} and found["reliable"] == claims.NO
+
+
+def test_the_weakness_of_a_class_less_recall():
+    cfg = resolve("esm_knowledge_neurons", ["keep.bootstrap=50"])
+    truth = np.repeat(np.arange(7), 10)
+    answers = np.tile(truth, (7, 1)).astype(np.int8)
+    for c in range(6):
+        answers[c, truth == c] = (c + 1) % 7  # its own class is lost, no other
+    answers[6] = -1
+    one = claims.specificity(cfg, truth, truth, {"mean": answers})["mean"]
+    change = np.array(one["change"])
+    assert (np.diag(change)[:6] == -1).all() and np.isnan(change[6]).all() and one["gap"] == one["low"] == 1
+    assert np.abs(change[:6] - np.diag(np.diag(change))[:6]).max() == 0
+
+
+# The whole study, tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Enzymes of seven kinds, told by their composition: (FASTA file, table)."""
+    folder, r = tmp_path_factory.mktemp("enzymes"), np.random.default_rng(0)
+    rows = []
+    for i in range(210):
+        kind, part = i % 7, ("train", "train", "train", "valid", "test")[i // 7 % 5]
+        odds = np.ones(20)
+        odds[2 * kind:2 * kind + 3] = 12
+        rows.append((f"P{i}", f"{kind + 1}.1.1.1", part, "".join(
+            r.choice(list(RESIDUES), r.integers(20, 60), p=odds / odds.sum()))))
+    fasta, file = folder / "proteins.fasta", folder / "enzyme_ec.tsv.gz"
+    fasta.write_text("".join(f">{name}\n{sequence}\n" for name, _, _, sequence in rows))
+    with gzip.open(file, "wt") as out:
+        out.write("id\tec\tsplit\tsequence\n" + "".join("\t".join(row) + "\n" for row in rows))
+    return fasta, file
+
+
+def study_of(source, out, *overrides):
+    """On one device: eight simulated ones share a core, and cost minutes."""
+    cfg = resolve("esm_knowledge_neurons", [
+        "preset=tiny", f"enzyme.data.source=enzyme_ec:{source[1]}", f"pretrain.data.source=path:{source[0]}",
+        "pretrain.data.limit=none", "enzyme.data.limit=none", "enzyme.loop.steps=24", "enzyme.loop.evaluate_every=24",
+        "enzyme.optimizer.learning_rate=0.01", *overrides])
+    with RunFolder.open("study", to_dict(cfg), out, operational=cfg.operational) as folder, \
+            pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not the recorded version")
+        for module in (enzyme, protein_pretrain):
+            patch.setattr(module, "make_mesh", lambda mesh: make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+        study.run(cfg, folder)
+    return json.loads((out / "results.json").read_text())
+
+
+GATE = ("score.modes=gate", "keep.methods=random,random_matched,bottom,activation,ig_gate")
+
+
+@pytest.fixture(scope="module")
+def tuned(source, tmp_path_factory):
+    """A random encoder whose head was fitted in closed form: a classifier that works, without a training to compile."""
+    from sklearn.linear_model import LogisticRegression
+
+    cfg = EsmConfig(d_model=32, num_heads=2, ffn_widths=(128,) * 2, classes=7, lm_head=False, contact_head=False)
+    encoder = Esm(cfg, rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="not the recorded version"):
+        parts, _ = enzyme.read_parts(resolve("esm_enzyme", [f"data.source=enzyme_ec:{source[1]}"]))
+    train, pooled = parts["train"], []
+    for row in train.sequences:
+        tokens = scores.batches_of([row], 64, 64)[0].tokens
+        hidden = np.asarray(encoder(tokens, output="hidden")[0])[0, 1:len(row) + 1].mean(0)
+        head = encoder.classifier
+        pooled.append(np.tanh(hidden @ np.asarray(head.dense[...]) + np.asarray(head.dense_bias[...])))
+    fit = LogisticRegression(C=1e3, max_iter=2000).fit(np.array(pooled), train.labels)
+    head.out[...], head.out_bias[...] = jnp.asarray(fit.coef_.T, jnp.float32), jnp.asarray(fit.intercept_, jnp.float32)
+    folder = tmp_path_factory.mktemp("tuned")
+    jaxmodels.save(encoder, folder / "model")
+    return f"tuned={folder}"
+
+
+def settled(results):
+    """What does not depend on the clock."""
+    return {key: value for key, value in results.items() if "second" not in key}
+
+
+@pytest.fixture(scope="module")
+def finished(source, tuned, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "out"
+    return study_of(source, out, tuned, *GATE), out
+
+
+def test_the_study_answers_every_claim(finished):
+    results, out = finished
+    assert results["status"] == "complete" and results["neurons"] == 9 * 32 * 2 and results["scored_classes"] == 7
+    assert results["full.macro_f1_low"] > results["full.commonest_macro_f1"]  # or nothing could be decided
+    found = {key: value for key, value in results.items() if key.startswith("claim.")}
+    assert len(found) == 8 and set(found.values()) <= {claims.YES, claims.NO, claims.OPEN}
+    told = json.loads((out / "tables.json").read_text())
+    assert len(told["curves"]) == 2 * 2 * 5 * 3
+    whole = [row["macro_f1"] for row in told["curves"] if row["direction"] == "keep" and row["share"] == 1]
+    assert whole == pytest.approx([results["full.macro_f1"]] * 10)
+    quantile = [row["enrichment"] for row in told["where"]
+                if row["ranking"] == "activation_quantile" and row["kind"] == "site" and row["share"] == 0.1]
+    assert len(quantile) == 6 and quantile == pytest.approx([1] * 6, abs=0.15)  # whole neurons of 32
+    page = report.build(out).read_text()
+    for words in ("Queries and keys have equal totals", "The protocol is ours", "enrichment-ig_gate",
+                  "curves-drop"):
+        assert words in page
+
+
+def test_a_study_goes_on_where_it_stopped(finished, source, tuned, tmp_path, monkeypatch):
+    """Stopped while scoring, and again while keeping."""
+    results, whole = finished
+    out = tmp_path / "halves"
+    for last in ("scores/gate-zero.npz", "curves/zero-keep-bottom.npz"):
+        save = RunFolder.save_npz
+
+        def signal(self, name, save=save, last=last, **arrays):
+            save(self, name, **arrays)
+            if f"{name}.npz" == last:
+                stop.requested = "SIGTERM"
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(RunFolder, "save_npz", signal)
+            try:
+                study_of(source, out, tuned, *GATE)
+            finally:
+                stop.requested = None
+        assert (out / last).exists() and not (out / "tables.json").exists()
+    assert report.build(out).exists()  # of an interrupted study too
+    again = study_of(source, out, tuned, *GATE)
+    assert settled(again) == settled(results)
+    assert json.loads((out / "tables.json").read_text()) == json.loads((whole / "tables.json").read_text())
+
+
+@pytest.mark.long
+def test_the_tiny_preset_with_all_stages_and_paths(source, tmp_path):
+    results = study_of(source, tmp_path / "out", "keep.proteins=none")
+    assert results["status"] == "complete" and (tmp_path / "out" / "pretrain" / "report.html").exists()
+    told = json.loads((tmp_path / "out" / "tables.json").read_text())
+    zero = [row for row in told["totals"] if row["baseline"] == "zero"]
+    assert len(zero) == 2
+    for row in zero:
+        assert row["q"] == pytest.approx(row["k"], abs=1e-3)
+    assert {row["ranking"] for row in told["where"]} >= set(claims.JUDGES)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("keep.methods=random,activation,ig_gate,best", "has 'best'"), ("keep.methods=random", "lacks 'activation'"),
+    ("keep.shares=0.5,0.1,1", "must rise"), ("keep.shares=0.1,0.5", "end with 1"), ("where.shares=0", "above 0"),
+    ("score.modes=site", "must hold gate"), ("score.modes=gate", "ig_site"), ("score.site_examples=1", "at least 2"),
+    ("enzyme.pretrained=runs/x", "set pretrained"), ("where.draws=0", "draws=0")])
+def test_what_a_study_cannot_be_told(override, message):
+    with pytest.raises(UserError, match=message):
+        resolve("esm_knowledge_neurons", [override])
+
+
+def test_what_is_not_an_enzyme_classifier(model, tmp_path):
+    jaxmodels.save(model, tmp_path / "model")
+    with pytest.raises(UserError, match="7 classes"):
+        study.classifier(resolve("esm_knowledge_neurons", [f"tuned={tmp_path}"]), None)

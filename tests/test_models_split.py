@@ -59,6 +59,7 @@ def test_all_experts_on_is_the_dense_model(dense, tokens, logits, method):
     same(experts, again)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers(dense, tokens, logits, tmp_path, router):
     """All experts chosen: the dense model. Some: what masking the others gives; saved and loaded to the bit."""
@@ -77,6 +78,7 @@ def test_routers(dense, tokens, logits, tmp_path, router):
     assert loaded.cfg == some.cfg and np.array_equal(loaded(tokens)[0], out)
 
 
+@pytest.mark.long
 def test_shared_experts(dense, tokens, logits, tmp_path):
     options = {"num_experts": E, "method": "markers", "router": "markers", "num_shared": 1, **STATISTICS["markers"]}
     close(jaxmodels.split(dense, **options)[0](tokens)[0], logits, 1e-5)

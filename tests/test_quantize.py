@@ -34,6 +34,7 @@ def flat(tree):
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.long
 @needs_qwix
 @pytest.mark.parametrize(("kind", "letters", "limit"), [("int8", "i8", 0.1), ("fp8", "f8E4M3FN", 0.4)])
 def test_gradients_are_near_and_products_are_small(kind, letters, limit):

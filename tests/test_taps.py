@@ -111,6 +111,7 @@ def test_every_edit_at_every_point(case, tokens):
                         assert np.array_equal(aux[other][:1], clean[other][:1]), (point, kind, other)
 
 
+@pytest.mark.long
 def test_an_edit_of_an_expert_that_does_not_run(models, tokens):
     """Experts that a token does not use read as zero, and adding to their neurons cannot reach its output."""
     for name in ROUTED:

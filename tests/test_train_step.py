@@ -93,6 +93,7 @@ def test_styles_agree_with_one_device(alone, style):
                / np.linalg.norm(jax.flatten_util.ravel_pytree(wanted)[0]) - 1) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (4, 2, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2)])
 def test_meshes_agree_with_one_device(alone, shape):
     mesh = make_mesh(MeshConfig(*shape))
@@ -112,6 +113,7 @@ def test_parameters_and_moments_lie_where_the_rules_say():
     assert all(axis is None for axis in specs["params/norm/scale"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["decoder", "perceptron"])
 def test_accumulation_is_the_mean_over_tokens(family):
     """1 x 16 = 2 x 8 = 4 x 4 although the micro-batches hold different numbers of counted tokens."""
@@ -139,6 +141,7 @@ def test_accumulation_on_eight_devices(alone, style):
     np.testing.assert_allclose(train(plan, step, mesh, batches, style)[1], alone[2][:3], rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [{"remat": "nothing_saveable"}, {"remat": "dots_with_no_batch_dims_saveable"},
                                     {"scan_layers": False}, {"scan_layers": False, "remat": "dots_saveable"}])
 def test_remat_and_scan_change_nothing(alone, change):

@@ -341,6 +341,7 @@ def test_damaged_checkpoints(whole, cache, tmp_path):
     assert run(out, cache)[0] == 66  # and it stays so: a restart never begins from scratch on its own
 
 
+@pytest.mark.long
 def test_not_a_number(cache, tmp_path):
     out = tmp_path / "run"
     code, stderr = run(out, cache, "records=500", "nan_from=5", "nan_batches=12")

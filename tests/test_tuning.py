@@ -193,6 +193,7 @@ def test_damaged_and_foreign_tables_warn_once(fake, content, problem):
     assert tuning.lookup("fake", "fwd", *SHAPE.values(), KIND) == Config(5)
 
 
+@pytest.mark.long
 def test_a_call_looks_up_and_never_times(fake, monkeypatch):
     def never(*_):
         raise AssertionError("timed")
