@@ -510,7 +510,7 @@ def test_a_study_goes_on_where_it_stopped(finished, source, tuned, tmp_path, mon
 
 @pytest.mark.long
 def test_the_tiny_preset_with_all_stages_and_paths(source, tmp_path):
-    results = study_of(source, tmp_path / "out", "keep.proteins=none")
+    results = study_of(source, tmp_path / "out", "pretrain.data.batch=4", "pretrain.data.validation_rows=4")
     assert results["status"] == "complete" and (tmp_path / "out" / "pretrain" / "report.html").exists()
     told = json.loads((tmp_path / "out" / "tables.json").read_text())
     zero = [row for row in told["totals"] if row["baseline"] == "zero"]

@@ -96,27 +96,40 @@ def smallest_enough(shares: Sequence[float], values: Sequence[float], full: floa
     return found
 
 
-def area_differences(truth: Int[np.ndarray, "N"], first: Int[np.ndarray, "*M P N"], second: Int[np.ndarray, "*M P N"],
-                     shares: Sequence[float], classes: int, draws: int, seed: int = 0) -> tuple[float, float, float]:
-    """(difference, low, high) of two methods' areas under macro-F1, means over their seeds; 95 % bootstrap over the
-    proteins, the same ones for both (their answers go together)."""
-    first, second = (np.asarray(a).reshape(-1, len(shares), len(truth)) for a in (first, second))
-    weights = np.ones((1, len(truth)))
-    weights = np.concatenate([weights, np.random.default_rng(seed).multinomial(
-        len(truth), np.full(len(truth), 1 / len(truth)), size=draws)])
-    areas = [log_area(shares, _weighted_f1(truth, a, classes, weights)).mean(1) for a in (first, second)]
-    difference = areas[0] - areas[1]
-    low, high = np.quantile(difference[1:], (0.025, 0.975)) if draws else (np.nan, np.nan)
-    return float(difference[0]), float(low), float(high)
+def bootstrap_f1(truth: Int[np.ndarray, "N"], predicted: Int[np.ndarray, "M P N"], classes: int, draws: int,
+                 seed: int = 0) -> Float[np.ndarray, "D M P"]:
+    """macro-F1 of answers, on all proteins first and then on `draws` resamplings of them; D = 1 + draws.
 
-
-def _weighted_f1(truth, predicted, classes, weights):
-    """macro-F1 [draws, M, P] of answers [M, P, N] with examples counted weights [draws, N] times."""
+    The same seed draws the same proteins, so that answers of several methods can be compared draw by draw: they go
+    together.
+    """
+    r, count = np.random.default_rng(seed), len(truth)
+    weights = np.concatenate([np.ones((1, count)), r.multinomial(count, np.full(count, 1 / count), size=draws)])
+    weights = weights.astype(np.float32)
     counts = np.zeros((len(weights), *predicted.shape[:-1], classes, classes), np.float32)
-    there = np.eye(classes, dtype=np.float32)[truth]  # [N, C]
-    for said in range(classes):
-        answer = (predicted == said).astype(np.float32)
-        for true in range(classes):
-            mine = there[:, true] > 0
-            counts[..., true, said] = np.tensordot(weights[:, mine].astype(np.float32), answer[..., mine], (1, -1))
+    for true in range(classes):
+        mine = truth == true
+        for said in range(classes):
+            answer = (predicted[..., mine] == said).astype(np.float32)
+            counts[..., true, said] = np.tensordot(weights[:, mine], answer, (1, -1))
     return metrics.class_scores(counts)["macro_f1"]
+
+
+def bootstrap_recall(truth: Int[np.ndarray, "N"], predicted: Int[np.ndarray, "M N"], classes: int, draws: int,
+                     seed: int = 0) -> Float[np.ndarray, "D M C"]:
+    """Recall of every class, as `bootstrap_f1`; nan where a draw has no member of a class."""
+    r, count = np.random.default_rng(seed), len(truth)
+    weights = np.concatenate([np.ones((1, count)), r.multinomial(count, np.full(count, 1 / count), size=draws)])
+    found = np.full((len(weights), len(predicted), classes), np.nan)
+    for c in range(classes):
+        mine = truth == c
+        there = weights[:, mine].sum(1)[:, None]
+        hits = weights[:, mine] @ (predicted[:, mine] == c).T
+        found[..., c] = np.divide(hits, there, out=np.full(hits.shape, np.nan), where=there > 0)
+    return found
+
+
+def interval(draws: Float[np.ndarray, "D"]) -> tuple[float, float, float]:
+    """(value, low, high) of draws of which the first is the value: 95 %, percentiles of the others."""
+    low, high = np.nanquantile(draws[1:], (0.025, 0.975)) if len(draws) > 1 else (np.nan, np.nan)
+    return float(draws[0]), float(low), float(high)

@@ -193,7 +193,8 @@ def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[
       before: what earlier batches gave, to go on from; after: called with the sums after every batch.
     """
     total = before or Attributed.empty(groups, layout.size)
-    baseline: Any = "zero" if mean is None else layout.arrays(np.asarray(mean, np.float32))
+    # Zeros as an array too, of the mean's shape: both baselines are then one compiled program.
+    baseline = layout.arrays(np.zeros(layout.size, np.float32) if mean is None else np.asarray(mean, np.float32))
     for batch in batches[int(total.done):]:
         start = time.monotonic()
         found = integrated_gradients(

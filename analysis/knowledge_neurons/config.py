@@ -1,0 +1,112 @@
+"""What the study can be told. ``jaxmodels run esm_knowledge_neurons --help`` lists it; configs/ holds the presets."""
+
+import dataclasses
+from typing import Literal
+
+from analysis.knowledge_neurons.methods import BUDGETS, METHODS
+from jaxmodels.errors import UserError
+from train.enzyme_config import EnzymeConfig
+from train.protein_config import ProteinPretrainConfig
+
+Baseline = Literal["zero", "mean"]
+
+
+def _check_shares(name: str, shares: tuple[float, ...]) -> None:
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise UserError(f"{name} has {wrong[0]}; shares are above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """How neurons are scored, on training proteins alone."""
+
+    length: int = 512  # tokens of a protein at most; of longer ones the beginning, here and for the curves
+    tokens: int = 4096  # of a batch, about
+    modes: tuple[Literal["gate", "site"], ...] = ("gate", "site")  # paths of integrated gradients
+    baselines: tuple[Baseline, ...] = ("zero", "mean")
+    steps: int = 20  # Gauss-Legendre nodes
+    max_steps: int = 40  # doubled up to so many where the sum misses the change by more than 1 %
+    gate_examples: int | None = 32  # correctly classified proteins of each class; none: all
+    site_examples: int | None = 4  # the same for `site`, which costs about 6 L times as much
+
+    def __post_init__(self):
+        for name, low in (("length", 8), ("tokens", 8), ("steps", 1)):
+            if getattr(self, name) < low:
+                raise UserError(f"score.{name}={getattr(self, name)} must be at least {low}")
+        for name in ("gate_examples", "site_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
+                raise UserError(f"score.{name}={getattr(self, name)} must be at least 2, one for each half, or none")
+        for name, needed in (("modes", "gate"), ("baselines", "zero")):
+            if needed not in getattr(self, name):
+                raise UserError(f"score.{name}={','.join(getattr(self, name))} must hold {needed}, by which the "
+                                "controls are chosen")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepConfig:
+    """What is kept or lost, and on what that is tested."""
+
+    methods: tuple[str, ...] = METHODS
+    shares: tuple[float, ...] = BUDGETS  # of all neurons; the last is the whole model
+    ablations: tuple[Baseline, ...] = ("zero", "mean")  # what the other neurons are set to
+    seeds: int = 5  # of the random methods
+    proteins: int | None = 60  # of each class of the test part at most; none: all
+    bootstrap: int = 1000  # draws behind every interval
+    specific: float = 0.05  # share of the neurons that is knocked out for one class
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.methods) - set(METHODS)):
+            raise UserError(f"keep.methods has {unknown[0]!r}; choose from {', '.join(METHODS)}")
+        if missing := [m for m in ("random", "activation", "ig_gate") if m not in self.methods]:
+            raise UserError(f"keep.methods lacks {missing[0]!r}, which the statements compare; add it")
+        _check_shares("keep.shares", (*self.shares, self.specific))
+        if len(self.shares) < 2 or list(self.shares) != sorted(set(self.shares)) or self.shares[-1] != 1:
+            raise UserError(f"keep.shares={list(self.shares)} must rise, and end with 1")
+        if not self.ablations:
+            raise UserError("keep.ablations is empty; give zero, mean or both")
+        for name, low in (("seeds", 1), ("bootstrap", 1)):
+            if getattr(self, name) < low:
+                raise UserError(f"keep.{name}={getattr(self, name)} must be at least {low}")
+        if self.proteins is not None and self.proteins < 1:
+            raise UserError(f"keep.proteins={self.proteins} must be at least 1, or none for all")
+
+
+@dataclasses.dataclass(frozen=True)
+class WhereConfig:
+    """Where chosen neurons are."""
+
+    shares: tuple[float, ...] = (0.01, 0.05, 0.1)  # a statement about a site must hold at all of them
+    draws: int = 100  # shuffles of the labels
+
+    def __post_init__(self):
+        _check_shares("where.shares", self.shares)
+        if not self.shares or self.draws < 1:
+            raise UserError(f"where needs a share and a draw; shares={list(self.shares)}, draws={self.draws}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """The whole study: pre-train, fine-tune, score, keep, where."""
+
+    pretrained: str = "here"  # here: pre-train as a stage; none; or a run of esm_pretrain or a model (folder, name)
+    tuned: str = "here"  # here: fine-tune as a stage; or a run of esm_enzyme or a model with 7 classes
+    pretrain: ProteinPretrainConfig = ProteinPretrainConfig()
+    enzyme: EnzymeConfig = EnzymeConfig(settings=("strict",))
+    score: ScoreConfig = ScoreConfig()
+    keep: KeepConfig = KeepConfig()
+    where: WhereConfig = WhereConfig()
+    seed: int = 0
+    entry: str = "analysis.knowledge_neurons.study:run"
+    report: str = "analysis.knowledge_neurons.report:build"
+
+    def __post_init__(self):
+        if "ig_site" in self.keep.methods and "site" not in self.score.modes:
+            raise UserError("keep.methods has ig_site, but score.modes lacks site; take the one out or the other in")
+        if self.enzyme.pretrained != "none":
+            raise UserError(f"enzyme.pretrained={self.enzyme.pretrained} is not read here; set pretrained")
+
+    @property
+    def operational(self) -> tuple[str, ...]:
+        """Keys with which a study may be continued in its folder."""
+        return (*(f"pretrain.{key}" for key in self.pretrain.operational),
+                *(f"enzyme.{key}" for key in self.enzyme.operational))

@@ -1,0 +1,72 @@
+"""Figures of the study: rows of its tables in, a matplotlib Figure out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from analysis.attribution import SITES
+from analysis.report.style import GRID, INK, PALETTE, heat_map, new_figure
+
+MARKERS = "osD^vPX*<>"
+CONTROLS = ("random", "random_matched", "bottom")
+
+
+def keeping(rows: Sequence[Mapping[str, Any]], direction: str, full: float, floor: float) -> Figure:
+    """macro-F1 over the share that is kept or lost, one panel an ablation, 95 % intervals as bands; log axis."""
+    mine = [row for row in rows if row["direction"] == direction]
+    ablations, methods = (list(dict.fromkeys(row[key] for row in mine)) for key in ("ablation", "method"))
+    figure, axes = new_figure(4.2 * len(ablations), 4.0, 1, len(ablations), squeeze=False, sharey=True)
+    for panel, ablation in zip(axes[0], ablations, strict=True):
+        for number, method in enumerate(methods):
+            points = [row for row in mine if row["ablation"] == ablation and row["method"] == method]
+            x, y, low, high = (np.array([row[key] for row in points], float)
+                               for key in ("share", "macro_f1", "low", "high"))
+            colour = INK if method in CONTROLS else PALETTE[number % len(PALETTE)]
+            panel.plot(100 * x, y, label=method, color=colour, marker=MARKERS[number % len(MARKERS)],
+                       linestyle=":" if method in CONTROLS else "-" if number < len(PALETTE) else "--")
+            panel.fill_between(100 * x, low, high, color=colour, alpha=0.1, linewidth=0)
+        panel.axhline(full, color=INK, linewidth=0.8)
+        panel.axhline(floor, color=GRID, linewidth=1.2)
+        panel.set_xscale("log")
+        shares = sorted({100 * row["share"] for row in mine})
+        panel.set_xticks(shares, [f"{share:g}" for share in shares])
+        panel.xaxis.set_minor_locator(NullLocator())
+        what = "kept" if direction == "keep" else "lost"
+        panel.set(title=f"{ablation} ablation", xlabel=f"neurons {what} (%)")
+    axes[0, 0].set_ylabel("macro-F1, test")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def places(rows: Sequence[Mapping[str, Any]], ranking: str, share: float) -> Figure:
+    """Enrichment of every site and layer, as log2; a dot where it leaves the interval of shuffled labels."""
+    mine = [row for row in rows if row["kind"] == "cell" and row["ranking"] == ranking and row["share"] == share]
+    layers = 1 + max(row["layer"] for row in mine)
+    value, marked = np.zeros((len(SITES), layers)), []
+    names = list(SITES)
+    for row in mine:
+        at = names.index(row["site"]), row["layer"]
+        value[at] = np.log2(max(row["enrichment"], 1 / 16))  # nothing kept: as far down as the scale goes
+        if not row["low"] <= row["enrichment"] <= row["high"]:
+            marked.append(at)
+    figure, axes = new_figure(2.6 + 0.35 * layers, 2.8)
+    heat_map(axes, value, names, [str(layer) for layer in range(layers)], "log2 enrichment", centred=True)
+    if marked:
+        y, x = zip(*marked, strict=True)
+        axes.plot(x, y, linestyle="none", marker="o", color=INK, markeredgecolor="white", markersize=4)
+    axes.set(title=f"{ranking}, {share:.0%} kept", xlabel="layer")
+    return figure
+
+
+def recall_change(change: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
+    """Change of recall; rows: the class whose neurons are lost."""
+    figure, axes = new_figure(5.5, 3.6)
+    # cells of classes without scores or members come as None from JSON
+    heat_map(axes, np.array(change, float), [f"without {name}" for name in names], names, "change of recall",
+             centred=True)
+    axes.set(xlabel="class")
+    return figure

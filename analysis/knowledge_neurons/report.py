@@ -1,0 +1,163 @@
+"""The study's report, from its run folder alone."""
+
+from pathlib import Path
+from typing import Any
+
+from analysis.enzyme_report import METHODS, score_rows
+from analysis.knowledge_neurons import figures
+from analysis.report.generic import flat_rows, read_run
+from analysis.report.html import Report
+from train.enzyme import CLASSES
+from train.runtime.files import read_json
+
+PROTOCOL = """
+The protocol is ours. Of the study that asked these questions first (Nori et al. 2023, arXiv 2312.10770) only the claims
+of the abstract are known here: nothing below reproduces its numbers or contradicts them.
+
+- Scores come from training proteins alone; the curves are of test proteins. A neuron that is not kept has one value at
+  all tokens, 0 or its mean over the training part; the classifier is untouched and nothing is retrained.
+- `random_matched` draws as many neurons from every site and layer as `ig_gate` does; `bottom` takes the lowest scores.
+- Intervals are 95 % bootstrap intervals over test proteins, for one trained model: another training may differ by more.
+- Keeping random neurons with the others at 0 fails quickly, for the norms' statistics shift; mean ablation is the
+  fairer comparison.
+"""
+KEYS = """
+**Queries and keys have equal totals under the zero baseline.** With all queries, or all keys, of a layer at 0, its
+attention is uniform: the target is the same number, so by completeness the contributions of q and those of k of a layer
+add up to the same. A finding that keys are special can then come only from how the total is spread over the neurons.
+
+**Ranking by quantiles within a site and layer keeps the same share of every site and layer**, so that its enrichment is
+1 (but for rounding) whatever the scores are: it cannot speak for any site. `activation_scaled`, the activation over the
+mean of its site and layer, also takes the scale of a site away and can; the statement about keys is judged by it.
+
+Rotary positions turn the two coordinates of a pair of q or k into each other: `ig_gate_pairs` gives each of the two
+half of their sum.
+"""
+MISSING = """
+- one epoch of retraining with the mask fixed; budgets for every site by itself;
+- overlap between several training seeds: one model is studied;
+- captum's times beside ours in one run; peak memory;
+- the motif check.
+"""
+
+
+def build(run_dir: str | Path) -> Path:
+    """Writes report.html of a finished or interrupted study; returns its path."""
+    folder = Path(run_dir)
+    config, results, _ = read_run(folder)
+    tables = read_json(folder / "tables.json")
+    report = Report(str(config.get("name") or folder.name), f"Status: {results.get('status', 'nothing yet')}.")
+    if tables:
+        _claims(report, tables)
+    report.section("How it was done", PROTOCOL)
+    _training(report, folder)
+    if tables:
+        _curves(report, tables)
+        _where(report, tables)
+        _reliability(report, tables)
+        _specificity(report, tables)
+    _cost(report, results)
+    report.section("What is not here", MISSING)
+    report.section("What was run")
+    report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
+    report.table(flat_rows(config), {"key": "setting", "value": "value"}, "The resolved config.", "config")
+    return report.save(folder / "report.html")
+
+
+def _claims(report: Report, tables: dict[str, Any]) -> None:
+    full = tables["full"]
+    report.section("What can be said", "Supported and not supported: every interval that the claim needs lies on one "
+                   "side. Everything else is not decidable, and so is all behaviour of a classifier that is not better "
+                   "than naming the commonest class.")
+    report.number_cards([("macro-F1 of the whole model", full["macro_f1"],
+                          f"{full['macro_f1_low']:.3f} to {full['macro_f1_high']:.3f}"),
+                         ("of the commonest class", full["commonest_macro_f1"])])
+    report.table(tables["claims"], {"claim": "claim", "verdict": "verdict", "why": "why"}, "Each claim.", "claims")
+
+
+def _training(report: Report, folder: Path) -> None:
+    rows = score_rows(read_json(folder / "enzyme" / "results.json") or {})
+    if not rows:
+        return
+    report.section("The classifier beside its floors", "The whole of every set, proteins up to 1,022 residues. The "
+                   "curves below read fewer and shorter ones (`keep.proteins`, `score.length`).")
+    report.table([row | {"method": METHODS.get(row["kind"], row["method"])} for row in rows],
+                 {"setting": "setting", "set": "set", "n": "proteins", "method": "method", "macro_f1": "macro-F1",
+                  "macro_f1_interval": "95 %", "accuracy": "accuracy"}, "EC classification.", "classification")
+
+
+def _curves(report: Report, tables: dict[str, Any]) -> None:
+    full, floor = tables["full"]["macro_f1"], tables["full"]["commonest_macro_f1"]
+    for direction, title in (("keep", "Enough: only these neurons are kept"),
+                             ("drop", "Needed: these neurons are lost")):
+        report.section(title)
+        rows = [row for row in tables["curves"] if row["direction"] == direction]
+        report.figure(figures.keeping(rows, direction, full, floor), "Macro-F1 on test proteins; bands: 95 %. Black "
+                      "line: the whole model; grey: the commonest class. Dotted: controls.", rows,
+                      name=f"curves-{direction}", alt=f"Macro-F1 over the share of neurons, {direction}")
+        shares = list(dict.fromkeys(row["share"] for row in rows))
+        by = {(r["ablation"], r["method"], r["share"]): r for r in rows}
+        areas = [row for row in tables["areas"] if row["direction"] == direction]
+        report.table([{"ablation": a["ablation"], "method": a["method"],
+                       **{f"{share:.0%}": _spread(by[a["ablation"], a["method"], share]) for share in shares},
+                       "area": a["area"], "area 95 %": f"{a['low']:.3f} to {a['high']:.3f}",
+                       **({"enough": a["enough"]} if direction == "keep" else {})} for a in areas],
+                     caption="Accuracy (± standard deviation over seeds) by share; area under macro-F1 on the "
+                             "logarithmic axis" + ("; enough: the smallest share from which on at least 95 % of the "
+                                                   "whole model's macro-F1 is kept." if direction == "keep" else "."),
+                     name=f"shares-{direction}")
+        report.table([row for row in tables["differences"] if row["direction"] == direction],
+                     caption="Area less that of a control, the same proteins drawn for both.",
+                     name=f"differences-{direction}")
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.3f}" + (f" ± {row['accuracy_sd']:.3f}" if row["accuracy_sd"] is not None else "")
+
+
+def _where(report: Report, tables: dict[str, Any]) -> None:
+    rows = tables["where"]
+    report.section("Where the best neurons are", KEYS)
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    share = shares[len(shares) // 2]
+    for ranking in ("ig_gate", "ig_site", "activation", "activation_scaled"):
+        if any(row["ranking"] == ranking for row in rows):
+            shown = [row for row in rows if (row["kind"], row["ranking"], row["share"]) == ("cell", ranking, share)]
+            report.figure(figures.places(rows, ranking, share), "Density over the kept share; a dot: outside of where "
+                          "95 % of shuffled labels fall.", shown, name=f"enrichment-{ranking}",
+                          alt=f"Enrichment by site and layer, {ranking}")
+    for kind in ("site", "layer"):
+        report.table([{key: row[key] for key in ("ranking", "share", kind, "density", "enrichment", "low", "high")}
+                      for row in rows if row["kind"] == kind],
+                     caption=f"Enrichment by {kind}; low and high: 95 % of shuffled labels.", name=f"where-{kind}")
+    if tables["totals"]:
+        report.table(tables["totals"], caption="Sum of the contributions of each site in each layer (mean over "
+                     "proteins). Baseline zero: q and k are equal. Baseline mean: fc1 and fc2 are, fc2 being linear in "
+                     "fc1.", name="totals")
+
+
+def _reliability(report: Report, tables: dict[str, Any]) -> None:
+    report.section("Would another look choose the same?", "Below a rank correlation of 0.5 between halves, a list of "
+                   "neurons is not worth publishing.")
+    report.table(tables["reliability"], caption="Two halves of the training proteins of every class: Spearman of the "
+                 "scores, Jaccard of the top 1 %.", name="reliability")
+    report.table(tables["overlap"], caption="Between rankings.", name="overlap")
+
+
+def _specificity(report: Report, tables: dict[str, Any]) -> None:
+    report.section("Neurons of one class")
+    names = [f"EC {c + 1}" for c in range(CLASSES)]
+    for ablation, one in tables["specificity"].items():
+        report.figure(figures.recall_change(one["change"], names), f"Change of recall when the highest neurons of one "
+                      f"class are lost ({ablation} ablation). Blank: no scores, or no such protein.",
+                      [{"without": a, **dict(zip(names, row, strict=True))}
+                       for a, row in zip(names, one["change"], strict=True)], name=f"specificity-{ablation}")
+
+
+def _cost(report: Report, results: dict[str, Any]) -> None:
+    rows = [{"path": key.partition(".")[2], "seconds a protein": value,
+             "mean completeness error": results.get(f"completeness_error_mean.{key.partition('.')[2]}")}
+            for key, value in results.items() if key.startswith("seconds_a_protein.")]
+    if rows:
+        report.section("Cost", "Compilation included; errors relative to the change of the target.")
+        report.table(rows, caption=f"On {results.get('device')}.", name="cost")
