@@ -131,7 +131,8 @@ def test_rules_integrate_polynomials():
         assert np.isclose(w.sum(), 1) and np.isclose((w * x**degree).sum(), 1 / (degree + 1))
 
 
-@pytest.mark.parametrize("mode", ["gate", *(pytest.param(m, marks=pytest.mark.long) for m in ("site", "conductance"))])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["site", "gate", "conductance"])
 def test_chunks_batches_padding_and_token_sums_change_nothing(mode):
     model, tokens = tiny(), proteins(9, 4, 7)
     call = lambda ids, labels, **more: integrated_gradients(  # noqa: E731
@@ -156,6 +157,7 @@ def test_chunks_batches_padding_and_token_sums_change_nothing(mode):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_permuted_layer_permutes_its_scores_and_a_dead_neuron_gets_nothing():
     model, tokens = tiny(), proteins(8)
     order = np.random.default_rng(1).permutation(48)
@@ -185,6 +187,7 @@ def test_poor_examples_get_more_nodes_and_the_others_keep_theirs():
         np.testing.assert_array_equal(found.values[:, 1], few.values[:, 1])
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_nodes():
     from analysis import attribution
 

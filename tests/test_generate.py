@@ -32,6 +32,7 @@ def dense():
     return random_model(DENSE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_batch_equals_single_prompts_and_the_full_forward_pass(name, prompts):
     model = random_model(CONFIGS[name])

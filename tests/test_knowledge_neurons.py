@@ -148,6 +148,7 @@ def test_a_small_variance_beside_a_large_mean_survives():
 # Contributions
 
 
+@pytest.mark.long
 def test_contributions_are_summed_by_group_and_go_on(model, layout, batches):
     labels, group = np.array([0, 1, 2, 0, 1, 2, 0]), np.array([0, 1, 2, 3, 4, 5, 3])
     kept = []

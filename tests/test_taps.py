@@ -193,6 +193,7 @@ def test_attention_probabilities(case, tokens):
     assert (p >= 0).all() and (np.triu(p, 1) == 0).all() and (np.tril(p)[..., -1, :] > 0).all()
 
 
+@pytest.mark.long
 def test_edits_under_jit_grad_and_vmap(models, tokens):
     model = models["dense"]
     graphdef, state = nnx.split(model)

@@ -52,7 +52,8 @@ def leaves(state):
     return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.parametrize("family", ["perceptron", "decoder", pytest.param("moe", marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["perceptron", *(pytest.param(name, marks=pytest.mark.long)
+                                                    for name in ("decoder", "moe"))])
 def test_ten_and_ten_steps_equal_twenty(family, tmp_path):
     """G1: losses and every leaf, with dropout, a schedule, clipping, shuffled data, balancing biases."""
     cfg = toy(family=family)
