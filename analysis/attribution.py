@@ -233,7 +233,7 @@ class _Run:
 
 
 def _gates(run: _Run, rounds, tolerance, chunk) -> Attribution:
-    def compute(steps, layer=None, chunk=chunk):
+    def compute(steps):
         arguments = (run.program, run.points, run.tokens, run.state, run.inputs, run.target,
                      {p: run.activation(p) for p in run.points}, run.base, run.counted)
         size = run.chunk(chunk, lambda: _gate.lower(*arguments, *_chunks(steps, 1)).compile())

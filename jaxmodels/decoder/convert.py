@@ -9,7 +9,15 @@ import numpy as np
 from jaxmodels.decoder.config import DecoderConfig, ExpertConfig
 from jaxmodels.errors import UserError
 from jaxmodels.experts.module import router_shapes
-from jaxmodels.hub.entries import Entry, Source, transpose
+from jaxmodels.hub.entries import (
+    Entry,
+    Source,
+    heads_in,
+    heads_in_back,
+    heads_out,
+    heads_out_back,
+    transpose,
+)
 from jaxmodels.layers.rotary import RopeConfig
 
 ARCHITECTURES = {
@@ -294,12 +302,12 @@ def entries(config: DecoderConfig) -> list[Entry]:
         leaf(("ffn_norm", "scale"), (D,), f"{second}.weight")
         for ours, theirs, n in (("query", "q", N), ("key", "k", K), ("value", "v", K)):
             leaf(("attention", ours), (D, n, H), f"self_attn.{theirs}_proj.weight", (n * H, D),
-                 functools.partial(_heads_out, shape=(D, n, H)), _heads_out_back)
+                 functools.partial(heads_out, shape=(D, n, H)), heads_out_back)
             if config.qkv_bias:
                 leaf(("attention", f"{ours}_bias"), (n, H), f"self_attn.{theirs}_proj.bias", (n * H,),
                      functools.partial(np.reshape, shape=(n, H)), np.ravel)
         leaf(("attention", "out"), (N, H, D), "self_attn.o_proj.weight", (D, N * H),
-             functools.partial(_heads_in, shape=(N, H, D)), _heads_in_back)
+             functools.partial(heads_in, shape=(N, H, D)), heads_in_back)
         if config.out_bias:
             leaf(("attention", "out_bias"), (D,), "self_attn.o_proj.bias")
         if norm_widths:
@@ -352,22 +360,6 @@ def _entry(path, shape, name) -> Entry:
 
 def _source(name, shape, hf_shape, to_ours, to_hf) -> Source:
     return Source(name, shape) if to_ours is None else Source(name, hf_shape, to_ours, to_hf)
-
-
-def _heads_out(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [N*H, D] -> [D, N, H]
-    return w.T.reshape(shape)
-
-
-def _heads_out_back(w: np.ndarray) -> np.ndarray:
-    return w.reshape(w.shape[0], -1).T
-
-
-def _heads_in(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [D, N*H] -> [N, H, D]
-    return w.T.reshape(shape)
-
-
-def _heads_in_back(w: np.ndarray) -> np.ndarray:
-    return w.reshape(-1, w.shape[-1]).T
 
 
 def _split_columns(w: np.ndarray, experts: int) -> np.ndarray:  # [E*s, D] -> [E, D, s]

@@ -9,7 +9,15 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.esm.alphabet import CLS, EOS, MASK, PAD, TOKENS
 from jaxmodels.esm.config import EsmConfig
-from jaxmodels.hub.entries import Entry, Source, transpose
+from jaxmodels.hub.entries import (
+    Entry,
+    Source,
+    heads_in,
+    heads_in_back,
+    heads_out,
+    heads_out_back,
+    transpose,
+)
 
 MODEL_TYPES = frozenset(("esm", "roberta"))
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -199,29 +207,13 @@ def _layer_entries(out: list[Entry], config: EsmConfig, g: int, layers: range, D
         leaf((ours, "bias"), (D,), f"{theirs}.bias")
     for name in ("query", "key", "value"):
         leaf(("attention", name), (D, N, H), f"attention.self.{name}.weight", (D, D),
-             functools.partial(_heads_out, shape=(D, N, H)), _heads_out_back)
+             functools.partial(heads_out, shape=(D, N, H)), heads_out_back)
         leaf(("attention", f"{name}_bias"), (N, H), f"attention.self.{name}.bias", (D,),
              functools.partial(np.reshape, shape=(N, H)), np.ravel)
     leaf(("attention", "out"), (N, H, D), "attention.output.dense.weight", (D, D),
-         functools.partial(_heads_in, shape=(N, H, D)), _heads_in_back)
+         functools.partial(heads_in, shape=(N, H, D)), heads_in_back)
     leaf(("attention", "out_bias"), (D,), "attention.output.dense.bias")
     leaf(("ffn", "up"), (D, F), "intermediate.dense.weight", (F, D), transpose, transpose)
     leaf(("ffn", "up_bias"), (F,), "intermediate.dense.bias")
     leaf(("ffn", "down"), (F, D), "output.dense.weight", (D, F), transpose, transpose)
     leaf(("ffn", "down_bias"), (D,), "output.dense.bias")
-
-
-def _heads_out(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [N*H, D] -> [D, N, H]
-    return w.T.reshape(shape)
-
-
-def _heads_out_back(w: np.ndarray) -> np.ndarray:
-    return w.reshape(w.shape[0], -1).T
-
-
-def _heads_in(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [D, N*H] -> [N, H, D]
-    return w.T.reshape(shape)
-
-
-def _heads_in_back(w: np.ndarray) -> np.ndarray:
-    return w.reshape(-1, w.shape[-1]).T

@@ -50,3 +50,19 @@ class Entry:
     def part_shape(self) -> tuple[int, ...]:
         """Shape of what one source fills."""
         return self.shape[len(self.lead) :]
+
+
+def heads_out(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [N*H, D] -> [D, N, H]
+    return w.T.reshape(shape)
+
+
+def heads_out_back(w: np.ndarray) -> np.ndarray:
+    return w.reshape(w.shape[0], -1).T
+
+
+def heads_in(w: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:  # [D, N*H] -> [N, H, D]
+    return w.T.reshape(shape)
+
+
+def heads_in_back(w: np.ndarray) -> np.ndarray:
+    return w.reshape(-1, w.shape[-1]).T
