@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxmodels
 from analysis.attribution import SITES, class_probability, integrated_gradients
-from analysis.knowledge_neurons import claims, keep, report, scores, selection, study, where
+from analysis.knowledge_neurons import claims, keep, report, scores, selection, study, tables, where
 from analysis.knowledge_neurons.methods import BUDGETS, METHODS, SCORED
 from analysis.knowledge_neurons.neurons import POINTS, Layout, chosen
 from jaxmodels.errors import Interrupted, UserError
@@ -342,19 +342,26 @@ def test_agreement_in_closed_form():
 # What can be said
 
 
-def table(area=(0.1, 0.05, 0.2), keys=2.0, weak=False):
+def sign(values, direction):
+    return [value if direction == "keep" else -value for value in values]
+
+
+def table(area=(0.1, 0.05, 0.2), keys=2.0, weak=False, each=None, least=None):
     """Tables with a difference of areas, an enrichment of k and a classifier that works or not."""
     cfg = resolve("esm_knowledge_neurons")
     rows = [{"ablation": ablation, "direction": direction, "method": method, "control": control,
-             **dict(zip(("difference", "low", "high"), area if direction == "keep" else [-x for x in area],
-                        strict=True))}
+             **dict(zip(("difference", "low", "high"), sign(area, direction), strict=True)),
+             "each": sign(each or area[:1] * 3, direction)}
             for ablation in ("zero", "mean") for direction in ("keep", "drop") for method in ("activation", "ig_gate")
             for control in ("random", "random_matched")]
-    places = [{"kind": "site", "site": "k", "ranking": ranking, "share": share, "enrichment": keys, "high": 1.3}
+    places = [{"kind": "site", "site": "k", "ranking": ranking, "share": share, "enrichment": keys,
+               "least": least or keys, "high": 1.3}
               for ranking in claims.JUDGES for share in cfg.where.shares]
     return cfg, {"full": {"macro_f1": 0.5, "macro_f1_low": 0.05 if weak else 0.4, "commonest_macro_f1": 0.08},
-                 "differences": rows, "where": places, "reliability": [{"ranking": "ig_gate", "spearman": 0.4}],
-                 "specificity": {name: {"gap": 0.1, "low": -0.1, "high": 0.3} for name in ("zero", "mean")}}
+                 "differences": rows, "where": places, "reliability": [
+                     {"ranking": "ig_gate", "spearman": 0.4, "each": [0.3, 0.45]}],
+                 "specificity": {name: {"gap": 0.1, "low": -0.1, "high": 0.3, "each": [0.1]}
+                                 for name in ("zero", "mean")}}
 
 
 def verdicts(*arguments, **options):
@@ -369,10 +376,15 @@ def test_verdicts_follow_the_intervals():
     assert verdicts((0.1, -0.05, 0.2))["keep.activation.random"] == claims.OPEN
 
 
-def test_keys_can_fail_but_quantiles_cannot_support_them():
-    assert verdicts(keys=1.1)["keys"] == claims.NO
+def test_a_claim_holds_in_every_fine_tuning_or_is_open():
+    assert verdicts(each=(0.2, 0.2, -0.1))["keep.ig_gate.random"] == claims.OPEN
+    assert verdicts((-0.1, -0.2, -0.05), each=(-0.2, -0.3, 0.2))["drop.ig_gate.random"] == claims.OPEN
+
+
+def test_the_rankings_that_can_tell_judge_keys_in_every_fine_tuning():
+    assert verdicts(keys=1.1)["keys"] == verdicts(keys=2.0, least=1.2)["keys"] == claims.NO
     row = next(row for row in claims.statements(*table()) if row["name"] == "keys")
-    assert row["verdict"] == claims.OPEN and "by construction" in row["why"]
+    assert row["verdict"] == claims.YES and "by construction" in row["why"]
 
 
 def test_a_weak_classifier_decides_nothing_about_behaviour():
@@ -387,9 +399,10 @@ def test_the_weakness_of_a_class_less_recall():
     for c in range(6):
         answers[c, truth == c] = (c + 1) % 7  # its own class is lost, no other
     answers[6] = -1
-    one = claims.specificity(cfg, truth, truth, {"mean": answers})["mean"]
+    one = tables.specificity(cfg, truth, np.stack([truth] * 2), {"mean": np.stack([answers] * 2)})["mean"]
     change = np.array(one["change"])
     assert (np.diag(change)[:6] == -1).all() and np.isnan(change[6]).all() and one["gap"] == one["low"] == 1
+    assert one["each"] == [1, 1]
     assert np.abs(change[:6] - np.diag(np.diag(change))[:6]).max() == 0
 
 
@@ -434,24 +447,30 @@ GATE = ("score.modes=gate", "keep.methods=random,random_matched,bottom,activatio
 
 @pytest.fixture(scope="module")
 def tuned(source, tmp_path_factory):
-    """A random encoder whose head was fitted in closed form: a classifier that works, without a training to compile."""
+    """Random encoders whose heads were fitted in closed form: classifiers that work, without a training to compile."""
+    with pytest.warns(UserWarning, match="not the recorded version"):
+        parts, _ = enzyme.read_parts(resolve("esm_enzyme", [f"data.source=enzyme_ec:{source[1]}"]))
+    folders = [tmp_path_factory.mktemp("tuned") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        jaxmodels.save(fitted(parts["train"], seed), folder / "model")
+    return f"tuned={folders[0]},{folders[1]}"
+
+
+def fitted(train, seed):
     from sklearn.linear_model import LogisticRegression
 
     cfg = EsmConfig(d_model=32, num_heads=2, ffn_widths=(128,) * 2, classes=7, lm_head=False, contact_head=False)
-    encoder = Esm(cfg, rngs=nnx.Rngs(0))
-    with pytest.warns(UserWarning, match="not the recorded version"):
-        parts, _ = enzyme.read_parts(resolve("esm_enzyme", [f"data.source=enzyme_ec:{source[1]}"]))
-    train, pooled = parts["train"], []
-    for row in train.sequences:
-        tokens = scores.batches_of([row], 64, 64)[0].tokens
-        hidden = np.asarray(encoder(tokens, output="hidden")[0])[0, 1:len(row) + 1].mean(0)
-        head = encoder.classifier
-        pooled.append(np.tanh(hidden @ np.asarray(head.dense[...]) + np.asarray(head.dense_bias[...])))
-    fit = LogisticRegression(C=1e3, max_iter=2000).fit(np.array(pooled), train.labels)
+    encoder, pooled = Esm(cfg, rngs=nnx.Rngs(seed)), np.zeros((len(train), 32), np.float32)
+    head = encoder.classifier
+    for batch in scores.batches_of(train.sequences, 64, 1024):
+        hidden = np.asarray(encoder(batch.tokens, output="hidden")[0])
+        inside = (batch.tokens != cfg.pad_id) & (batch.tokens != cfg.cls_id) & (batch.tokens != cfg.eos_id)
+        mean = np.einsum("btd,bt->bd", hidden, inside) / inside.sum(1, keepdims=True)
+        found = np.tanh(mean @ np.asarray(head.dense[...]) + np.asarray(head.dense_bias[...]))
+        pooled[batch.index] = found[:len(batch.index)]
+    fit = LogisticRegression(C=1e3, max_iter=2000).fit(pooled, train.labels)
     head.out[...], head.out_bias[...] = jnp.asarray(fit.coef_.T, jnp.float32), jnp.asarray(fit.intercept_, jnp.float32)
-    folder = tmp_path_factory.mktemp("tuned")
-    jaxmodels.save(encoder, folder / "model")
-    return f"tuned={folder}"
+    return encoder
 
 
 def settled(results):
@@ -467,12 +486,15 @@ def finished(source, tuned, tmp_path_factory):
 
 def test_the_study_answers_every_claim(finished):
     results, out = finished
-    assert results["status"] == "complete" and results["neurons"] == 9 * 32 * 2 and results["scored_classes"] == 7
+    assert results["status"] == "complete" and results["neurons"] == 9 * 32 * 2 and results["seed1.scored_classes"] == 7
     assert results["full.macro_f1_low"] > results["full.commonest_macro_f1"]  # or nothing could be decided
     found = {key: value for key, value in results.items() if key.startswith("claim.")}
     assert len(found) == 8 and set(found.values()) <= {claims.YES, claims.NO, claims.OPEN}
     told = json.loads((out / "tables.json").read_text())
-    assert len(told["curves"]) == 2 * 2 * 5 * 3
+    assert len(told["curves"]) == 2 * (5 + 4) * 3  # what controls from below lose is not asked
+    assert {len(row["each"]) for row in told["differences"] + told["reliability"]} == {2}
+    drawn = next(row for row in told["curves"] if row["method"] == "random")
+    assert drawn["masks"] == 4 and drawn["sd"] is not None
     whole = [row["macro_f1"] for row in told["curves"] if row["direction"] == "keep" and row["share"] == 1]
     assert whole == pytest.approx([results["full.macro_f1"]] * 10)
     quantile = [row["enrichment"] for row in told["where"]
@@ -488,7 +510,7 @@ def test_a_study_goes_on_where_it_stopped(finished, source, tuned, tmp_path, mon
     """Stopped while scoring, and again while keeping."""
     results, whole = finished
     out = tmp_path / "halves"
-    for last in ("scores/gate-zero.npz", "curves/zero-keep-bottom.npz"):
+    for last in ("seed0/scores/gate-zero.npz", "seed1/curves/zero-keep-bottom.npz"):
         save = RunFolder.save_npz
 
         def signal(self, name, save=save, last=last, **arrays):
@@ -534,4 +556,4 @@ def test_what_a_study_cannot_be_told(override, message):
 def test_what_is_not_an_enzyme_classifier(model, tmp_path):
     jaxmodels.save(model, tmp_path / "model")
     with pytest.raises(UserError, match="7 classes"):
-        study.classifier(resolve("esm_knowledge_neurons", [f"tuned={tmp_path}"]), None)
+        study.classifier(resolve("esm_knowledge_neurons", [f"tuned={tmp_path}"]), None, 0, "here")

@@ -20,14 +20,14 @@ def _check_shares(name: str, shares: tuple[float, ...]) -> None:
 class ScoreConfig:
     """How neurons are scored, on training proteins alone."""
 
-    length: int = 512  # tokens of a protein at most; of longer ones the beginning, here and for the curves
-    tokens: int = 4096  # of a batch, about
+    length: int = 192  # tokens of a protein at most; of longer ones the beginning, here and for the curves
+    tokens: int = 2048  # of a batch, about: all of it is computed again where one protein of it needs more steps
     modes: tuple[Literal["gate", "site"], ...] = ("gate", "site")  # paths of integrated gradients
     baselines: tuple[Baseline, ...] = ("zero", "mean")
-    steps: int = 20  # Gauss-Legendre nodes
-    max_steps: int = 40  # doubled up to so many where the sum misses the change by more than 1 %
-    gate_examples: int | None = 32  # correctly classified proteins of each class; none: all
-    site_examples: int | None = 4  # the same for `site`, which costs about 6 L times as much
+    steps: int = 8  # Gauss-Legendre nodes
+    max_steps: int = 16  # doubled up to so many where the sum misses the change by more than 1 %
+    gate_examples: int | None = 8  # correctly classified proteins of each class; none: all
+    site_examples: int | None = 2  # the same for `site`, which costs about 6 L times as much
 
     def __post_init__(self):
         for name, low in (("length", 8), ("tokens", 8), ("steps", 1)):
@@ -49,8 +49,8 @@ class KeepConfig:
     methods: tuple[str, ...] = METHODS
     shares: tuple[float, ...] = BUDGETS  # of all neurons; the last is the whole model
     ablations: tuple[Baseline, ...] = ("zero", "mean")  # what the other neurons are set to
-    seeds: int = 5  # of the random methods
-    proteins: int | None = 60  # of each class of the test part at most; none: all
+    seeds: int = 2  # random masks of each fine-tuning
+    proteins: int | None = 24  # of each class of the test part at most; none: all
     bootstrap: int = 1000  # draws behind every interval
     specific: float = 0.05  # share of the neurons that is knocked out for one class
 
@@ -89,7 +89,8 @@ class StudyConfig:
     """The whole study: pre-train, fine-tune, score, keep, where."""
 
     pretrained: str = "here"  # here: pre-train as a stage; none; or a run of esm_pretrain or a model (folder, name)
-    tuned: str = "here"  # here: fine-tune as a stage; or a run of esm_enzyme or a model with 7 classes
+    tuned: str = "here"  # here: fine-tune, a stage a seed; or runs of esm_enzyme (or models of 7 classes), by commas
+    seeds: int = 3  # fine-tunings, from enzyme.seed on; not read with `tuned`
     pretrain: ProteinPretrainConfig = ProteinPretrainConfig()
     enzyme: EnzymeConfig = EnzymeConfig(settings=("strict",))
     score: ScoreConfig = ScoreConfig()
@@ -102,8 +103,19 @@ class StudyConfig:
     def __post_init__(self):
         if "ig_site" in self.keep.methods and "site" not in self.score.modes:
             raise UserError("keep.methods has ig_site, but score.modes lacks site; take the one out or the other in")
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds} must be at least 1")
         if self.enzyme.pretrained != "none":
             raise UserError(f"enzyme.pretrained={self.enzyme.pretrained} is not read here; set pretrained")
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Fine-tuned encoders from elsewhere; empty: they are made here."""
+        return () if self.tuned == "here" else tuple(one.strip() for one in self.tuned.split(",") if one.strip())
+
+    @property
+    def fine_tunings(self) -> int:
+        return len(self.given) or self.seeds
 
     @property
     def operational(self) -> tuple[str, ...]:

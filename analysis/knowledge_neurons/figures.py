@@ -43,7 +43,8 @@ def keeping(rows: Sequence[Mapping[str, Any]], direction: str, full: float, floo
 
 
 def places(rows: Sequence[Mapping[str, Any]], ranking: str, share: float) -> Figure:
-    """Enrichment of every site and layer, as log2; a dot where it leaves the interval of shuffled labels."""
+    """Enrichment of every site and layer, as log2; a dot where it leaves the interval of shuffled labels in
+    every fine-tuning."""
     mine = [row for row in rows if row["kind"] == "cell" and row["ranking"] == ranking and row["share"] == share]
     layers = 1 + max(row["layer"] for row in mine)
     value, marked = np.zeros((len(SITES), layers)), []
@@ -51,7 +52,7 @@ def places(rows: Sequence[Mapping[str, Any]], ranking: str, share: float) -> Fig
     for row in mine:
         at = names.index(row["site"]), row["layer"]
         value[at] = np.log2(max(row["enrichment"], 1 / 16))  # nothing kept: as far down as the scale goes
-        if not row["low"] <= row["enrichment"] <= row["high"]:
+        if row["least"] > row["high"] or row["most"] < row["low"]:
             marked.append(at)
     figure, axes = new_figure(2.6 + 0.35 * layers, 2.8)
     heat_map(axes, value, names, [str(layer) for layer in range(layers)], "log2 enrichment", centred=True)

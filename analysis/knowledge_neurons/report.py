@@ -6,7 +6,7 @@ from typing import Any
 from analysis.enzyme_report import METHODS, score_rows
 from analysis.knowledge_neurons import figures
 from analysis.report.generic import flat_rows, read_run
-from analysis.report.html import Report
+from analysis.report.html import Report, display
 from train.enzyme import CLASSES
 from train.runtime.files import read_json
 
@@ -17,7 +17,11 @@ of the abstract are known here: nothing below reproduces its numbers or contradi
 - Scores come from training proteins alone; the curves are of test proteins. A neuron that is not kept has one value at
   all tokens, 0 or its mean over the training part; the classifier is untouched and nothing is retrained.
 - `random_matched` draws as many neurons from every site and layer as `ig_gate` does; `bottom` takes the lowest scores.
-- Intervals are 95 % bootstrap intervals over test proteins, for one trained model: another training may differ by more.
+- One pre-training, several fine-tunings of it that differ by their seed. Numbers are means over the fine-tunings, ±
+  the standard deviation between them; a random method draws masks of its own for each. Intervals are 95 % bootstrap
+  intervals of the mean when test proteins are drawn anew; a claim is supported only where every fine-tuning agrees too.
+  Another pre-training may differ by more.
+- What `bottom` and the methods that no statement reads lose when they are dropped is not asked.
 - Keeping random neurons with the others at 0 fails quickly, for the norms' statistics shift; mean ablation is the
   fairer comparison.
 """
@@ -35,7 +39,6 @@ half of their sum.
 """
 MISSING = """
 - one epoch of retraining with the mask fixed; budgets for every site by itself;
-- overlap between several training seeds: one model is studied;
 - captum's times beside ours in one run; peak memory;
 - the motif check.
 """
@@ -76,7 +79,7 @@ def _claims(report: Report, tables: dict[str, Any]) -> None:
 
 
 def _training(report: Report, folder: Path) -> None:
-    rows = score_rows(read_json(folder / "enzyme" / "results.json") or {})
+    rows = score_rows(read_json(folder / "seed0" / "enzyme" / "results.json") or {})
     if not rows:
         return
     report.section("The classifier beside its floors", "The whole of every set, proteins up to 1,022 residues. The "
@@ -102,17 +105,21 @@ def _curves(report: Report, tables: dict[str, Any]) -> None:
                        **{f"{share:.0%}": _spread(by[a["ablation"], a["method"], share]) for share in shares},
                        "area": a["area"], "area 95 %": f"{a['low']:.3f} to {a['high']:.3f}",
                        **({"enough": a["enough"]} if direction == "keep" else {})} for a in areas],
-                     caption="Accuracy (± standard deviation over seeds) by share; area under macro-F1 on the "
+                     caption="Accuracy (± standard deviation over fine-tunings) by share; area under macro-F1 on the "
                              "logarithmic axis" + ("; enough: the smallest share from which on at least 95 % of the "
                                                    "whole model's macro-F1 is kept." if direction == "keep" else "."),
                      name=f"shares-{direction}")
-        report.table([row for row in tables["differences"] if row["direction"] == direction],
+        report.table([_each(row) for row in tables["differences"] if row["direction"] == direction],
                      caption="Area less that of a control, the same proteins drawn for both.",
                      name=f"differences-{direction}")
 
 
 def _spread(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f}" + (f" ± {row['accuracy_sd']:.3f}" if row["accuracy_sd"] is not None else "")
+
+
+def _each(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"each": " / ".join(display(value) for value in row["each"])}
 
 
 def _where(report: Report, tables: dict[str, Any]) -> None:
@@ -123,13 +130,14 @@ def _where(report: Report, tables: dict[str, Any]) -> None:
     for ranking in ("ig_gate", "ig_site", "activation", "activation_scaled"):
         if any(row["ranking"] == ranking for row in rows):
             shown = [row for row in rows if (row["kind"], row["ranking"], row["share"]) == ("cell", ranking, share)]
-            report.figure(figures.places(rows, ranking, share), "Density over the kept share; a dot: outside of where "
-                          "95 % of shuffled labels fall.", shown, name=f"enrichment-{ranking}",
+            report.figure(figures.places(rows, ranking, share), "Density over the kept share; a dot: in every "
+                          "fine-tuning outside of where 95 % of shuffled labels fall.", shown, name=f"enrichment-{ranking}",
                           alt=f"Enrichment by site and layer, {ranking}")
     for kind in ("site", "layer"):
-        report.table([{key: row[key] for key in ("ranking", "share", kind, "density", "enrichment", "low", "high")}
-                      for row in rows if row["kind"] == kind],
-                     caption=f"Enrichment by {kind}; low and high: 95 % of shuffled labels.", name=f"where-{kind}")
+        report.table([row for row in rows if row["kind"] == kind],
+                     ("ranking", "share", kind, "density", "enrichment", "least", "most", "low", "high"),
+                     caption=f"Enrichment by {kind}, the mean over fine-tunings, the least and the most; low and high: "
+                     "95 % of shuffled labels.", name=f"where-{kind}")
     if tables["totals"]:
         report.table(tables["totals"], caption="Sum of the contributions of each site in each layer (mean over "
                      "proteins). Baseline zero: q and k are equal. Baseline mean: fc1 and fc2 are, fc2 being linear in "
@@ -139,9 +147,13 @@ def _where(report: Report, tables: dict[str, Any]) -> None:
 def _reliability(report: Report, tables: dict[str, Any]) -> None:
     report.section("Would another look choose the same?", "Below a rank correlation of 0.5 between halves, a list of "
                    "neurons is not worth publishing.")
-    report.table(tables["reliability"], caption="Two halves of the training proteins of every class: Spearman of the "
-                 "scores, Jaccard of the top 1 %.", name="reliability")
-    report.table(tables["overlap"], caption="Between rankings.", name="overlap")
+    report.table([_each(row) for row in tables["reliability"]],
+                 {"ranking": "ranking", "spearman": "halves, Spearman", "jaccard": "halves, Jaccard",
+                  "each": "halves, Spearman in each fine-tuning", "between_spearman": "fine-tunings, Spearman",
+                  "between_jaccard": "fine-tunings, Jaccard"},
+                 "Between two halves of the training proteins of every class, and between any two fine-tunings: "
+                 "Spearman of the scores, Jaccard of the top 1 %.", "reliability")
+    report.table(tables["overlap"], caption="Between rankings of one fine-tuning.", name="overlap")
 
 
 def _specificity(report: Report, tables: dict[str, Any]) -> None:
@@ -155,9 +167,13 @@ def _specificity(report: Report, tables: dict[str, Any]) -> None:
 
 
 def _cost(report: Report, results: dict[str, Any]) -> None:
-    rows = [{"path": key.partition(".")[2], "seconds a protein": value,
-             "mean completeness error": results.get(f"completeness_error_mean.{key.partition('.')[2]}")}
-            for key, value in results.items() if key.startswith("seconds_a_protein.")]
+    rows = []
+    for key, value in results.items():
+        seed, _, rest = key.partition(".")
+        if rest.startswith("seconds_a_protein."):
+            path = rest.partition(".")[2]
+            rows.append({"fine-tuning": seed, "path": path, "seconds a protein": value,
+                         "mean completeness error": results.get(f"{seed}.completeness_error_mean.{path}")})
     if rows:
         report.section("Cost", "Compilation included; errors relative to the change of the target.")
         report.table(rows, caption=f"On {results.get('device')}.", name="cost")

@@ -1,0 +1,178 @@
+"""What is found of one fine-tuned encoder: scores, curves, specificity. `study.py` does it for each of them.
+
+Each step writes what it has found when it is done, so that any interruption costs at most one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from analysis.knowledge_neurons import scores, selection
+from analysis.knowledge_neurons.config import StudyConfig
+from analysis.knowledge_neurons.keep import DIRECTIONS, Keeper
+from analysis.knowledge_neurons.methods import DRAWN, of
+from analysis.knowledge_neurons.neurons import Layout, chosen
+from analysis.knowledge_neurons.ranking import GROUPS, Found, groups_of, rankings
+from jaxmodels.errors import UserError
+from jaxmodels.esm.model import Esm
+from train.enzyme import CLASSES, Labelled
+from train.runtime.run_folder import RunFolder
+
+
+@dataclasses.dataclass
+class Tuned:
+    """What the steps share. number: which fine-tuning it is; its files lie in ``seedNUMBER/`` of the run."""
+
+    cfg: StudyConfig
+    run: RunFolder
+    number: int
+    model: Esm
+    layout: Layout
+    train: Labelled
+    test: Labelled
+
+    def name(self, name: str) -> str:
+        return f"seed{self.number}/{name}"
+
+    def save(self, name: str, **arrays: Any) -> None:
+        self.run.save_npz(self.name(name), **arrays)
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        return self.run.load_npz(self.name(name))
+
+    def batches(self, part: Labelled) -> list[scores.Batch]:
+        return scores.batches_of(part.sequences, self.cfg.score.length, self.cfg.score.tokens)
+
+    @functools.cached_property
+    def keeper(self) -> Keeper:
+        """Of the test part."""
+        return Keeper(self.model, self.layout, self.batches(self.test))
+
+    @functools.cached_property
+    def everything(self) -> np.ndarray:
+        return np.ones(self.layout.size, bool)
+
+    def answers(self, kept: np.ndarray, ablation: str, mean: np.ndarray) -> np.ndarray:
+        """Classes int8[N] of the test part, the other neurons at 0 or at their mean over the training part."""
+        return self.keeper.classes(kept, None if ablation == "zero" else mean, self.run.check_stop)
+
+    def draw(self, mask: int) -> int:
+        """Seed of a random mask: no two fine-tunings share one."""
+        return self.cfg.seed + self.number * self.cfg.keep.seeds + mask
+
+
+# Scores
+
+
+def score(one: Tuned) -> Found:
+    """Scores every neuron on training proteins: activations on all, contributions on those that are told right."""
+    moments, predicted = activations(one)
+    right = np.flatnonzero(predicted == one.train.labels)
+    mean, paths = moments.join(range(GROUPS)).mean, {}
+    cfg = one.cfg.score
+    todo: list[tuple[str, dict[str, Any]]] = [
+        (f"{mode}-{baseline}", {"mode": mode, "mean": None if baseline == "zero" else mean, "steps": cfg.steps,
+                                "max_steps": cfg.max_steps}) for mode in cfg.modes for baseline in cfg.baselines]
+    todo.append(("grad_x_act", {"mode": "gate", "rule": "end", "steps": 1}))
+    for name, options in todo:
+        limit = cfg.site_examples if options["mode"] == "site" else cfg.gate_examples
+        paths[name] = contributions(one, name, right[chosen(one.train.labels[right], limit)], options)
+    count = paths["gate-zero"].count.reshape(2, CLASSES)
+    if (count == 0).all(1).any():
+        raise UserError(f"of the training proteins {len(right)} are classified correctly, too few for two halves; "
+                        "train for longer (enzyme.loop.steps)")
+    at = f"seed{one.number}"
+    one.run.write_results({f"{at}.train_right": len(right), f"{at}.scored_classes": int((count.sum(0) > 0).sum()),
+                           **{f"{at}.seconds_a_protein.{name}": float(path.seconds / path.count.sum())
+                              for name, path in paths.items()},
+                           **{f"{at}.completeness_error_mean.{name}": float(path.error[1] / path.count.sum())
+                              for name, path in paths.items()}})
+    return Found(moments, paths)
+
+
+def activations(one: Tuned) -> tuple[scores.Moments, np.ndarray]:
+    """(moments by class and half, the model's answers) on all training proteins."""
+    kept = one.load("scores/moments")
+    if kept is None:
+        batches = one.batches(one.train)
+        moments = scores.activation_moments(one.model, one.layout, batches, groups_of(one.train.labels), GROUPS,
+                                            one.run.check_stop)
+        predicted = Keeper(one.model, one.layout, batches).classes(one.everything, check=one.run.check_stop)
+        one.save("scores/moments", **moments._asdict(), predicted=predicted)
+        kept = one.load("scores/moments")
+    predicted = kept.pop("predicted")
+    return scores.Moments(**kept), predicted
+
+
+def contributions(one: Tuned, name: str, which: np.ndarray, options: dict[str, Any]) -> scores.Attributed:
+    """Sums of one path over some training proteins; saved after every batch."""
+    part = one.train.where(np.isin(np.arange(len(one.train)), which))
+    batches = one.batches(part)
+    kept = one.load(f"scores/{name}")
+    before = None if kept is None else scores.Attributed(**kept)
+    with one.run.progress(len(batches), f"scoring neurons, {name}, seed {one.number}",
+                          0 if before is None else int(before.done)) as advance:
+        def after(found: scores.Attributed) -> None:
+            one.save(f"scores/{name}", **found._asdict())
+            advance()
+            one.run.check_stop()
+
+        return scores.attribute(one.model, one.layout, batches, part.labels, groups_of(part.labels), GROUPS,
+                                before=before, after=after, **options)
+
+
+# Curves
+
+
+def curves(one: Tuned, found: Found) -> None:
+    """Answers on the test part for every ablation, direction, method, random mask and share but the whole."""
+    cfg, mean = one.cfg.keep, found.moments.join(range(GROUPS)).mean
+    if one.load("curves/test") is None:
+        none = {f"none_{ablation}": one.answers(~one.everything, ablation, mean) for ablation in cfg.ablations}
+        one.save("curves/test", labels=one.test.labels, full=one.answers(one.everything, "zero", mean), **none)
+    ranked = rankings(found, one.layout)
+    todo = [(ablation, direction, method) for ablation in cfg.ablations for direction in DIRECTIONS
+            for method in of(cfg.methods, direction)]
+    with one.run.progress(len(todo), f"keeping and dropping neurons, seed {one.number}") as advance:
+        for ablation, direction, method in todo:
+            name = f"curves/{ablation}-{direction}-{method}"
+            if one.load(name) is None:
+                draws = range(cfg.seeds if method in DRAWN else 1)
+                masks = [[selection.select(method, share, ranked, one.layout, one.draw(draw))
+                          for share in cfg.shares[:-1]] for draw in draws]
+                answers = [[one.answers(mask if direction == "keep" else ~mask, ablation, mean) for mask in row]
+                           for row in masks]
+                one.save(name, answers=np.array(answers, np.int8))
+            advance()
+            one.run.check_stop()
+
+
+def load_curves(one: Tuned) -> dict[tuple[str, str, str], np.ndarray]:
+    """{(ablation, direction, method): answers int8[masks, shares, N]}, the whole model or nothing at share 1."""
+    test, out = one.load("curves/test"), {}
+    for ablation in one.cfg.keep.ablations:
+        for direction in DIRECTIONS:
+            last = test["full"] if direction == "keep" else test[f"none_{ablation}"]
+            for method in of(one.cfg.keep.methods, direction):
+                rest = one.load(f"curves/{ablation}-{direction}-{method}")["answers"]
+                end = np.broadcast_to(last, (len(rest), 1, len(last)))
+                out[ablation, direction, method] = np.concatenate([rest, end], 1)
+    return out
+
+
+def specificity(one: Tuned, found: Found) -> Mapping[str, np.ndarray]:
+    """Of each ablation answers int8[C, N] without the neurons that speak most for one class; -1 for a class without
+    scores."""
+    if one.load("specificity") is None:
+        mean = found.moments.join(range(GROUPS)).mean
+        by_class, answers = found.paths["gate-zero"].of_classes(CLASSES), {}
+        for ablation in one.cfg.keep.ablations:
+            answers[ablation] = np.full((CLASSES, len(one.test)), -1, np.int8)
+            for c in np.flatnonzero(~np.isnan(by_class).any(1)):
+                lost = selection.top(by_class[c], one.cfg.keep.specific)
+                answers[ablation][c] = one.answers(~lost, ablation, mean)
+        one.save("specificity", **answers)
+    return one.load("specificity")
