@@ -125,7 +125,7 @@ def test_a_classifier_over_the_mean_survives_saving(tmp_path):
 @pytest.mark.parametrize("change, config, words", [
     ({"lm_head.decoder.weight": np.ones((33, 32), np.float32)}, {}, "decoder.weight differs from esm.embeddings"),
     ({"esm.encoder.emb_layer_norm_after.gamma": np.ones(32, np.float32)}, {}, "twice, as"),
-    ({}, {"model_type": "bert"}, "'bert' is not one that this library reads; supported: esm"),
+    ({}, {"model_type": "gpt2"}, "'gpt2' is not one that this library reads; supported: bert, esm"),
     ({}, {"position_embedding_type": "relative_key"}, "'relative_key' is not supported"),
     ({}, {"is_folding_model": True}, "is_folding_model is set"),
     ({}, {"hidden_size": None}, "hidden_size is None; a positive integer is needed"),

