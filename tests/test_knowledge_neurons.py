@@ -220,6 +220,15 @@ def test_what_methods_select(layout, scored):
     assert ties.mean(0).min() > 0.2 and ties.mean(0).max() < 0.8  # not the first ones every time
 
 
+@pytest.mark.parametrize("method", ["random", "ig_gate"])
+def test_a_share_of_one_site_leaves_the_others_whole(method, layout, scored):
+    kept = selection.within(method, 0.25, 4, scored, layout, seed=1)
+    assert layout.counts(kept).sum(1).tolist() == [32, 32, 32, 32, 32, 32]  # fc1 has 128, the others 32
+    if method == "ig_gate":
+        inside = layout.cell // 2 == 4
+        assert scored[method][inside & kept].min() >= scored[method][inside & ~kept].max()
+
+
 def test_what_cannot_be_selected(layout, scored):
     for share in (0, 1.5):
         with pytest.raises(UserError, match="above 0"):
@@ -493,6 +502,7 @@ def test_the_study_answers_every_claim(finished):
     told = json.loads((out / "tables.json").read_text())
     assert len(told["curves"]) == 2 * (5 + 4) * 3  # what controls from below lose is not asked
     assert {len(row["each"]) for row in told["differences"] + told["reliability"]} == {2}
+    assert len(told["sites"]) == 2 * 3 * 6 * 2
     drawn = next(row for row in told["curves"] if row["method"] == "random")
     assert drawn["masks"] == 4 and drawn["sd"] is not None
     whole = [row["macro_f1"] for row in told["curves"] if row["direction"] == "keep" and row["share"] == 1]

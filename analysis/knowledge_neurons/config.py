@@ -53,13 +53,14 @@ class KeepConfig:
     proteins: int | None = 24  # of each class of the test part at most; none: all
     bootstrap: int = 1000  # draws behind every interval
     specific: float = 0.05  # share of the neurons that is knocked out for one class
+    site_shares: tuple[float, ...] = (0.02, 0.1, 0.3)  # kept of one site, every other site being whole
 
     def __post_init__(self):
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise UserError(f"keep.methods has {unknown[0]!r}; choose from {', '.join(METHODS)}")
         if missing := [m for m in ("random", "activation", "ig_gate") if m not in self.methods]:
             raise UserError(f"keep.methods lacks {missing[0]!r}, which the statements compare; add it")
-        _check_shares("keep.shares", (*self.shares, self.specific))
+        _check_shares("keep.shares", (*self.shares, self.specific, *self.site_shares))
         if len(self.shares) < 2 or list(self.shares) != sorted(set(self.shares)) or self.shares[-1] != 1:
             raise UserError(f"keep.shares={list(self.shares)} must rise, and end with 1")
         if not self.ablations:

@@ -42,6 +42,30 @@ def keeping(rows: Sequence[Mapping[str, Any]], direction: str, full: float, floo
     return figure
 
 
+def site_budgets(rows: Sequence[Mapping[str, Any]], full: float) -> Figure:
+    """macro-F1 over the kept share of one site, a panel a site; line styles are ablations."""
+    ablations, methods, sites = (list(dict.fromkeys(row[key] for row in rows))
+                                 for key in ("ablation", "method", "site"))
+    figure, axes = new_figure(7.2, 4.6, 2, 3, sharex=True, sharey=True)
+    for panel, site in zip(axes.flat, sites, strict=True):
+        for ablation, style in zip(ablations, ("-", "--"), strict=False):
+            for number, method in enumerate(methods):
+                points = [row for row in rows if (row["site"], row["ablation"], row["method"])
+                          == (site, ablation, method)]
+                panel.plot([100 * row["share"] for row in points], [row["macro_f1"] for row in points],
+                           label=f"{method}, {ablation}", marker=MARKERS[number], linestyle=style,
+                           color=INK if method in CONTROLS else PALETTE[number % len(PALETTE)])
+        panel.axhline(full, color=INK, linewidth=0.8)
+        panel.set(title=site, xscale="log")
+        shares = sorted({100 * row["share"] for row in rows})
+        panel.set_xticks(shares, [f"{share:g}" for share in shares])
+        panel.xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("neurons of the site that are kept (%)", fontsize=9)
+    figure.supylabel("macro-F1, test", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def places(rows: Sequence[Mapping[str, Any]], ranking: str, share: float) -> Figure:
     """Enrichment of every site and layer, as log2; a dot where it leaves the interval of shuffled labels in
     every fine-tuning."""

@@ -5,6 +5,7 @@ PRIMARY = "ig_gate"  # what random_matched matches and bottom turns round: its s
 DRAWN = ("random", "random_matched")  # once for each random mask
 SCORED = ("activation", "activation_quantile", "activation_contrast", "ig_site", "ig_gate", "ig_abs", "grad_x_act")
 METHODS = (*DRAWN, "bottom", *SCORED)
+SITE_METHODS = ("random", "activation", "ig_gate")  # of budgets for one site
 NEEDED = (*DRAWN, "activation", "ig_gate")  # that are lost too, not only kept: those of the statements
 
 

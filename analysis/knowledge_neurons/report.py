@@ -38,7 +38,7 @@ Rotary positions turn the two coordinates of a pair of q or k into each other: `
 half of their sum.
 """
 MISSING = """
-- one epoch of retraining with the mask fixed; budgets for every site by itself;
+- one epoch of retraining with the mask fixed;
 - captum's times beside ours in one run; peak memory;
 - the motif check.
 """
@@ -56,6 +56,7 @@ def build(run_dir: str | Path) -> Path:
     _training(report, folder)
     if tables:
         _curves(report, tables)
+        _sites(report, tables)
         _where(report, tables)
         _reliability(report, tables)
         _specificity(report, tables)
@@ -118,6 +119,17 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f}" + (f" ± {row['accuracy_sd']:.3f}" if row["accuracy_sd"] is not None else "")
 
 
+def _sites(report: Report, tables: dict[str, Any]) -> None:
+    rows = tables["sites"]
+    if not rows:
+        return
+    report.section("A share of one site", "Of one site a share of the neurons is kept, over all layers; every other "
+                   "site is whole.")
+    report.figure(figures.site_budgets(rows, tables["full"]["macro_f1"]), "Macro-F1 on test proteins, a panel a site. "
+                  "Line at the top: the whole model.", rows, "sites", "Macro-F1 over the kept share of each site")
+    report.table(rows, caption="By site; low and high: 95 %; sd: between fine-tunings.", name="sites")
+
+
 def _each(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"each": " / ".join(display(value) for value in row["each"])}
 
@@ -131,8 +143,8 @@ def _where(report: Report, tables: dict[str, Any]) -> None:
         if any(row["ranking"] == ranking for row in rows):
             shown = [row for row in rows if (row["kind"], row["ranking"], row["share"]) == ("cell", ranking, share)]
             report.figure(figures.places(rows, ranking, share), "Density over the kept share; a dot: in every "
-                          "fine-tuning outside of where 95 % of shuffled labels fall.", shown, name=f"enrichment-{ranking}",
-                          alt=f"Enrichment by site and layer, {ranking}")
+                          "fine-tuning outside of where 95 % of shuffled labels fall.", shown,
+                          name=f"enrichment-{ranking}", alt=f"Enrichment by site and layer, {ranking}")
     for kind in ("site", "layer"):
         report.table([row for row in rows if row["kind"] == kind],
                      ("ranking", "share", kind, "density", "enrichment", "least", "most", "low", "high"),

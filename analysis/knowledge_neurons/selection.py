@@ -56,3 +56,13 @@ def select(method: str, share: float, scores: Mapping[str, Float[np.ndarray, "n"
     if method == "random_matched":
         return matched(top(scores[PRIMARY], share), layout, seed)
     return top(-scores[PRIMARY] if method == "bottom" else scores[method], share)
+
+
+def within(method: str, share: float, site: int, scores: Mapping[str, Float[np.ndarray, "n"]], layout: Layout,
+           seed: int = 0) -> Bool[np.ndarray, "n"]:
+    """Every neuron of the other sites, and a share of the neurons of one, over all layers; site: its place in SITES."""
+    inside = layout.cell // layout.layers == site
+    ranked = np.random.default_rng([seed, 1]).random(layout.size) if method == "random" else scores[method]
+    kept = ~inside
+    kept[inside] = top(ranked[inside], share, seed)
+    return kept

@@ -5,6 +5,7 @@
     seedN/scores/*.npz          moments of activations; sums of contributions, after every batch
     seedN/curves/*.npz          answers on the test part, one file for each way of keeping or dropping
     seedN/specificity.npz
+    seedN/sites/*.npz           answers where a share of one site is kept
     tables.json                 of all fine-tunings together
 """
 
@@ -61,7 +62,8 @@ def examine(one: Tuned) -> tables.Seen:
     found = tuned.score(one)
     tuned.curves(one, found)
     special = tuned.specificity(one, found)
-    return tables.Seen(found, one.load("curves/test"), tuned.load_curves(one), special)
+    sites = tuned.site_curves(one, found)
+    return tables.Seen(found, one.load("curves/test"), tuned.load_curves(one), special, sites)
 
 
 # Training

@@ -33,12 +33,13 @@ Answers = Mapping[tuple[str, str, str], np.ndarray]
 
 class Seen(NamedTuple):
     """Of one fine-tuning. test: labels [N], full [N] and what `keep` none gives; answers: see `tuned.load_curves`;
-    special: of each ablation [C, N], -1 where a class was not knocked out."""
+    special: of each ablation [C, N], -1 where a class was not knocked out; sites: see `tuned.site_curves`."""
 
     found: Found
     test: Mapping[str, np.ndarray]
     answers: Answers
     special: Mapping[str, np.ndarray]
+    sites: Mapping[tuple[str, str], np.ndarray]
 
 
 def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, Any]:
@@ -50,11 +51,13 @@ def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, 
     whole = resampled(cfg, truth, full[:, None, None])[..., 0]
     ranked = [rankings(one.found, layout) for one in seen]
     special = {name: np.stack([one.special[name] for one in seen]) for name in seen[0].special}
+    sites = {key: np.stack([one.sites[key] for one in seen]) for key in seen[0].sites}
     return {"full": full_model(truth, [one.test for one in seen], whole),
             "curves": curve_rows(cfg, truth, answers, drawn), "areas": area_rows(cfg, drawn, whole),
             "differences": difference_rows(cfg, drawn), "where": where_rows(cfg, layout, ranked),
             "reliability": reliability_rows(layout, seen, ranked), "overlap": overlap_rows(ranked),
-            "totals": total_rows(layout, seen), "specificity": specificity(cfg, truth, full, special)}
+            "totals": total_rows(layout, seen), "specificity": specificity(cfg, truth, full, special),
+            "sites": site_rows(cfg, truth, sites)}
 
 
 def numbers(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +215,20 @@ def specificity(cfg: StudyConfig, truth: np.ndarray, full: np.ndarray, special: 
             out[ablation] = {"change": _mean([change[0] for change in changes]).tolist(), "gap": value, "low": low,
                              "high": high, "each": [float(gap[0]) for gap in gaps]}
     return out
+
+
+def site_rows(cfg: StudyConfig, truth: np.ndarray, sites: Mapping[tuple[str, str], np.ndarray]) -> Rows:
+    """Of shares of one site, every other site being whole; answers int8[S, sites, shares, N]."""
+    rows = []
+    for (ablation, method), answers in sites.items():
+        drawn = resampled(cfg, truth, answers.reshape(len(answers), 1, -1, len(truth)))
+        drawn = drawn.reshape(*drawn.shape[:2], *answers.shape[1:3])
+        for i, site in enumerate(SITES):
+            for j, share in enumerate(cfg.keep.site_shares):
+                value, low, high = interval(drawn[:, :, i, j].mean(1))
+                rows.append({"ablation": ablation, "site": site, "method": method, "share": share, "macro_f1": value,
+                             "low": low, "high": high, "sd": _sd(drawn[0, :, i, j])})
+    return rows
 
 
 def _gap(change: np.ndarray) -> np.ndarray | None:

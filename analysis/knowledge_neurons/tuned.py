@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from analysis.attribution import SITES
 from analysis.knowledge_neurons import scores, selection
 from analysis.knowledge_neurons.config import StudyConfig
 from analysis.knowledge_neurons.keep import DIRECTIONS, Keeper
-from analysis.knowledge_neurons.methods import DRAWN, of
+from analysis.knowledge_neurons.methods import DRAWN, SITE_METHODS, of
 from analysis.knowledge_neurons.neurons import Layout, chosen
 from analysis.knowledge_neurons.ranking import GROUPS, Found, groups_of, rankings
 from jaxmodels.errors import UserError
@@ -148,6 +149,25 @@ def curves(one: Tuned, found: Found) -> None:
                 one.save(name, answers=np.array(answers, np.int8))
             advance()
             one.run.check_stop()
+
+
+def site_curves(one: Tuned, found: Found) -> dict[tuple[str, str], np.ndarray]:
+    """{(ablation, method): answers int8[sites, shares, N]}: a share of one site is kept, every other site is whole."""
+    cfg, mean, out = one.cfg.keep, found.moments.join(range(GROUPS)).mean, {}
+    ranked = rankings(found, one.layout)
+    todo = [(ablation, method) for ablation in cfg.ablations for method in SITE_METHODS] if cfg.site_shares else []
+    with one.run.progress(len(todo), f"keeping neurons of one site, seed {one.number}") as advance:
+        for ablation, method in todo:
+            name = f"sites/{ablation}-{method}"
+            if one.load(name) is None:
+                masks = [[selection.within(method, share, site, ranked, one.layout, one.draw(0))
+                          for share in cfg.site_shares] for site in range(len(SITES))]
+                answers = [[one.answers(mask, ablation, mean) for mask in row] for row in masks]
+                one.save(name, answers=np.array(answers, np.int8))
+            out[ablation, method] = one.load(name)["answers"]
+            advance()
+            one.run.check_stop()
+    return out
 
 
 def load_curves(one: Tuned) -> dict[tuple[str, str, str], np.ndarray]:
