@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "score.length": 64, "score.tokens": 256, "score.steps": 4, "score.max_steps": 4, "score.gate_examples": 2,
         "score.site_examples": 2,
         "keep.shares": (0.05, 0.3, 1.0), "keep.seeds": 2, "keep.proteins": 4, "keep.bootstrap": 100,
-        "keep.site_shares": (0.1, 0.3),
+        "keep.site_shares": (0.1, 0.3), "keep.retrain_shares": (0.2,), "where.permutations": 100,
         "where.shares": (0.05, 0.1),
     },
     "quick": {

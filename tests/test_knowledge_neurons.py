@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxmodels
 from analysis.attribution import SITES, class_probability, integrated_gradients
-from analysis.knowledge_neurons import claims, keep, report, scores, selection, study, tables, where
+from analysis.knowledge_neurons import claims, keep, motifs, report, scores, selection, study, tables, where
 from analysis.knowledge_neurons.methods import BUDGETS, METHODS, SCORED
 from analysis.knowledge_neurons.neurons import POINTS, Layout, chosen
 from jaxmodels.errors import Interrupted, UserError
@@ -348,6 +348,30 @@ def test_agreement_in_closed_form():
     assert rows[0]["spearman"] == pytest.approx(1)
 
 
+# Motifs
+
+
+def test_a_planted_motif_is_found_and_chance_is_not():
+    assert motifs.inside("AGASAGASGA", "G.S.G").tolist() == [False] + [True] * 5 + [False] * 4
+    assert motifs.inside("GASAGASAG", "G.S.G").all()  # matches that overlap
+    r = np.random.default_rng(0)
+    sequences = ["".join(r.choice(list(RESIDUES), 60)) + "GASAG" + "".join(r.choice(list("GSA"), 20)) for _ in range(8)]
+    values = [r.normal(size=len(sequence)) for sequence in sequences]
+    chance = motifs.permuted(sequences, values, "G.S.G", 500)
+    assert 0.01 < (chance.values[1:] >= chance.values[0]).mean() < 0.99
+    planted = [value + 2 * motifs.inside(sequence, "G.S.G") for sequence, value in zip(sequences, values, strict=True)]
+    found = motifs.permuted(sequences, planted, "G.S.G", 500)
+    assert found.values[0] > found.values[1:].max() and found.matches >= 8 * 5
+    # A site that is high wherever a residue is of the type says nothing about the motif.
+    typical = [np.array([letter == "G" for letter in sequence], float) for sequence in sequences]
+    alike = motifs.permuted(sequences, typical, "G.S.G", 50).values
+    np.testing.assert_allclose(alike, alike[0])
+    rows = motifs.rows_of({"serine hydrolase.proteins": np.array(3), "nucleotide binding.proteins": np.array(8),
+                           **{f"nucleotide binding.{key}": value for key, value in found._asdict().items()}}, 1)
+    assert "not decidable: 3" in rows[0]["verdict"] and rows[1]["p"] == pytest.approx(1 / 501)
+    assert rows[1]["effect"] > 1 and rows[1]["verdict"] == "more than elsewhere"
+
+
 # What can be said
 
 
@@ -440,8 +464,8 @@ def study_of(source, out, *overrides):
     """On one device: eight simulated ones share a core, and cost minutes."""
     cfg = resolve("esm_knowledge_neurons", [
         "preset=tiny", f"enzyme.data.source=enzyme_ec:{source[1]}", f"pretrain.data.source=path:{source[0]}",
-        "pretrain.data.limit=none", "enzyme.data.limit=none", "enzyme.loop.steps=24", "enzyme.loop.evaluate_every=24",
-        "enzyme.optimizer.learning_rate=0.01", *overrides])
+        "pretrain.data.limit=none", "enzyme.data.limit=none", "where.motif_proteins=8",
+        "enzyme.loop.steps=24", "enzyme.loop.evaluate_every=24", "enzyme.optimizer.learning_rate=0.01", *overrides])
     with RunFolder.open("study", to_dict(cfg), out, operational=cfg.operational) as folder, \
             pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not the recorded version")
@@ -502,7 +526,8 @@ def test_the_study_answers_every_claim(finished):
     told = json.loads((out / "tables.json").read_text())
     assert len(told["curves"]) == 2 * (5 + 4) * 3  # what controls from below lose is not asked
     assert {len(row["each"]) for row in told["differences"] + told["reliability"]} == {2}
-    assert len(told["sites"]) == 2 * 3 * 6 * 2
+    assert len(told["sites"]) == 2 * 3 * 6 * 2 and len(told["motifs"]) == 2 * len(motifs.MOTIFS)
+    assert [row["method"] for row in told["retrained"]] == ["ig_gate", "activation", "random", "random_matched"]
     drawn = next(row for row in told["curves"] if row["method"] == "random")
     assert drawn["masks"] == 4 and drawn["sd"] is not None
     whole = [row["macro_f1"] for row in told["curves"] if row["direction"] == "keep" and row["share"] == 1]

@@ -53,6 +53,7 @@ class KeepConfig:
     proteins: int | None = 24  # of each class of the test part at most; none: all
     bootstrap: int = 1000  # draws behind every interval
     specific: float = 0.05  # share of the neurons that is knocked out for one class
+    retrain_shares: tuple[float, ...] = (0.05, 0.2)  # kept while the first fine-tuning is retrained for an epoch
     site_shares: tuple[float, ...] = (0.02, 0.1, 0.3)  # kept of one site, every other site being whole
 
     def __post_init__(self):
@@ -60,7 +61,7 @@ class KeepConfig:
             raise UserError(f"keep.methods has {unknown[0]!r}; choose from {', '.join(METHODS)}")
         if missing := [m for m in ("random", "activation", "ig_gate") if m not in self.methods]:
             raise UserError(f"keep.methods lacks {missing[0]!r}, which the statements compare; add it")
-        _check_shares("keep.shares", (*self.shares, self.specific, *self.site_shares))
+        _check_shares("keep.shares", (*self.shares, self.specific, *self.site_shares, *self.retrain_shares))
         if len(self.shares) < 2 or list(self.shares) != sorted(set(self.shares)) or self.shares[-1] != 1:
             raise UserError(f"keep.shares={list(self.shares)} must rise, and end with 1")
         if not self.ablations:
@@ -78,11 +79,16 @@ class WhereConfig:
 
     shares: tuple[float, ...] = (0.01, 0.05, 0.1)  # a statement about a site must hold at all of them
     draws: int = 100  # shuffles of the labels
+    motif_proteins: int = 24  # with each motif, at most
+    permutations: int = 1000  # of the positions, behind every p-value
 
     def __post_init__(self):
         _check_shares("where.shares", self.shares)
-        if not self.shares or self.draws < 1:
-            raise UserError(f"where needs a share and a draw; shares={list(self.shares)}, draws={self.draws}")
+        if not self.shares:
+            raise UserError("where.shares is empty; give one at least")
+        for name in ("draws", "motif_proteins", "permutations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"where.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ DRAWN = ("random", "random_matched")  # once for each random mask
 SCORED = ("activation", "activation_quantile", "activation_contrast", "ig_site", "ig_gate", "ig_abs", "grad_x_act")
 METHODS = (*DRAWN, "bottom", *SCORED)
 SITE_METHODS = ("random", "activation", "ig_gate")  # of budgets for one site
+RETRAINED = ("ig_gate", "activation", *DRAWN)  # with the mask in place
 NEEDED = (*DRAWN, "activation", "ig_gate")  # that are lost too, not only kept: those of the statements
 
 

@@ -38,9 +38,7 @@ Rotary positions turn the two coordinates of a pair of q or k into each other: `
 half of their sum.
 """
 MISSING = """
-- one epoch of retraining with the mask fixed;
-- captum's times beside ours in one run; peak memory;
-- the motif check.
+- captum's times beside ours in one run; peak memory.
 """
 
 
@@ -57,9 +55,11 @@ def build(run_dir: str | Path) -> Path:
     if tables:
         _curves(report, tables)
         _sites(report, tables)
+        _retrained(report, tables)
         _where(report, tables)
         _reliability(report, tables)
         _specificity(report, tables)
+        _motifs(report, tables)
     _cost(report, results)
     report.section("What is not here", MISSING)
     report.section("What was run")
@@ -128,6 +128,34 @@ def _sites(report: Report, tables: dict[str, Any]) -> None:
     report.figure(figures.site_budgets(rows, tables["full"]["macro_f1"]), "Macro-F1 on test proteins, a panel a site. "
                   "Line at the top: the whole model.", rows, "sites", "Macro-F1 over the kept share of each site")
     report.table(rows, caption="By site; low and high: 95 %; sd: between fine-tunings.", name="sites")
+
+
+def _retrained(report: Report, tables: dict[str, Any]) -> None:
+    rows = tables["retrained"]
+    if rows:
+        report.section("After an epoch of retraining", "Only these neurons are kept, the others are 0, and the first "
+                       "fine-tuning goes on for one epoch with the mask in place: the mask stays, all parameters move.")
+        report.table([{**row, **{f"{name}_range": _range(row, name) for name in ("before", "after", "gain")}}
+                      for row in rows],
+                     {"method": "method", "share": "kept", "before": "macro-F1 before", "before_range": "95 %",
+                      "after": "after", "after_range": "95 % (after)", "gain": "gain", "gain_range": "95 % (gain)",
+                      "accuracy_after": "accuracy after"},
+                     f"Whole model: {tables['full']['each'][0]:.3f}.", "retrained")
+
+
+def _range(row: dict[str, Any], name: str) -> str:
+    return f"{row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f}"
+
+
+def _motifs(report: Report, tables: dict[str, Any]) -> None:
+    report.section("Motifs", "The summed contribution of the neurons of the highest integrated gradients, residue by "
+                   "residue, inside the matches of a motif and at as many drawn positions of the same residue types in "
+                   "the same proteins. A match of so short a pattern is often no motif: chance matches weaken the "
+                   "effect. Serine hydrolases are looked for in EC 3 alone.")
+    report.table(tables["motifs"], {"motif": "motif", "pattern": "pattern", "fine_tuning": "fine-tuning",
+                                    "proteins": "proteins", "matches": "residues", "inside": "inside",
+                                    "elsewhere": "elsewhere", "effect": "effect (sd)", "p": "p", "verdict": "verdict"},
+                 "Contributions over the mean absolute one of the protein; p: one-sided, by permutation.", "motifs")
 
 
 def _each(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@
     seedN/curves/*.npz          answers on the test part, one file for each way of keeping or dropping
     seedN/specificity.npz
     seedN/sites/*.npz           answers where a share of one site is kept
+    seedN/motifs.npz            attribution inside motifs and elsewhere
+    seed0/retrained/*.npz       answers before and after an epoch with a mask in place
     tables.json                 of all fine-tunings together
 """
 
@@ -18,7 +20,7 @@ import numpy as np
 
 import jaxmodels
 from analysis import enzyme_report, training_report
-from analysis.knowledge_neurons import claims, tables, tuned
+from analysis.knowledge_neurons import claims, motifs, retrain, tables, tuned
 from analysis.knowledge_neurons.config import StudyConfig
 from analysis.knowledge_neurons.neurons import Layout, chosen
 from analysis.knowledge_neurons.tuned import Tuned
@@ -63,7 +65,8 @@ def examine(one: Tuned) -> tables.Seen:
     tuned.curves(one, found)
     special = tuned.specificity(one, found)
     sites = tuned.site_curves(one, found)
-    return tables.Seen(found, one.load("curves/test"), tuned.load_curves(one), special, sites)
+    return tables.Seen(found, one.load("curves/test"), tuned.load_curves(one), special, sites, motifs.check(one, found),
+                       retrain.retrained(one, found) if one.number == 0 else {})
 
 
 # Training

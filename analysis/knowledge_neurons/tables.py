@@ -23,6 +23,7 @@ from analysis.knowledge_neurons.keep import (
     smallest_enough,
 )
 from analysis.knowledge_neurons.methods import DRAWN
+from analysis.knowledge_neurons.motifs import rows_of as motif_rows
 from analysis.knowledge_neurons.neurons import Layout
 from analysis.knowledge_neurons.ranking import Found, rankings
 from train.enzyme import CLASSES
@@ -33,13 +34,16 @@ Answers = Mapping[tuple[str, str, str], np.ndarray]
 
 class Seen(NamedTuple):
     """Of one fine-tuning. test: labels [N], full [N] and what `keep` none gives; answers: see `tuned.load_curves`;
-    special: of each ablation [C, N], -1 where a class was not knocked out; sites: see `tuned.site_curves`."""
+    special: of each ablation [C, N], -1 where a class was not knocked out; sites, motifs, retrained: see
+    `tuned.site_curves`, `motifs.check`, `retrain.retrained`."""
 
     found: Found
     test: Mapping[str, np.ndarray]
     answers: Answers
     special: Mapping[str, np.ndarray]
     sites: Mapping[tuple[str, str], np.ndarray]
+    motifs: Mapping[str, np.ndarray]
+    retrained: Mapping[tuple[str, float], Mapping[str, np.ndarray]]
 
 
 def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, Any]:
@@ -57,7 +61,9 @@ def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, 
             "differences": difference_rows(cfg, drawn), "where": where_rows(cfg, layout, ranked),
             "reliability": reliability_rows(layout, seen, ranked), "overlap": overlap_rows(ranked),
             "totals": total_rows(layout, seen), "specificity": specificity(cfg, truth, full, special),
-            "sites": site_rows(cfg, truth, sites)}
+            "sites": site_rows(cfg, truth, sites),
+            "motifs": [row for number, one in enumerate(seen) for row in motif_rows(one.motifs, number)],
+            "retrained": retrained_rows(cfg, truth, seen[0].retrained)}
 
 
 def numbers(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +234,20 @@ def site_rows(cfg: StudyConfig, truth: np.ndarray, sites: Mapping[tuple[str, str
                 value, low, high = interval(drawn[:, :, i, j].mean(1))
                 rows.append({"ablation": ablation, "site": site, "method": method, "share": share, "macro_f1": value,
                              "low": low, "high": high, "sd": _sd(drawn[0, :, i, j])})
+    return rows
+
+
+def retrained_rows(cfg: StudyConfig, truth: np.ndarray, found: Mapping[tuple[str, float], Mapping[str, np.ndarray]]
+                   ) -> Rows:
+    """macro-F1 with a mask before and after the epoch, and the gain, each with its interval."""
+    rows = []
+    for (method, share), one in found.items():
+        before, after = resampled(cfg, truth, np.stack([one["before"], one["after"]])[:, None, None])[..., 0].T
+        row = {"method": method, "share": share, "accuracy_after": float((one["after"] == truth).mean())}
+        for name, drawn in (("before", before), ("after", after), ("gain", after - before)):
+            value, low, high = interval(drawn)
+            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
     return rows
 
 
