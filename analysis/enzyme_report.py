@@ -24,9 +24,7 @@ def build(run_dir: str | Path) -> Path:
         report.section("The encoder beside its floors", f"Pre-trained: {start}. Macro-F1, not accuracy, is the number "
                        "to watch: the classes are of very unequal size. Intervals: 95 %, bootstrap over proteins.")
         report.text(verdict(rows))
-        report.table(rows, {"setting": "setting", "set": "set", "n": "proteins", "method": "method",
-                            "macro_f1": "macro-F1", "macro_f1_interval": "95 %", "accuracy": "accuracy",
-                            "accuracy_interval": "95 % (accuracy)"}, "Every set and method.", "scores")
+        score_table(report, rows, "Every set and method.", "scores")
         _figure(report, rows)
         report.section("Recall by class", "On the test part.")
         recalls = recall_rows(results)
@@ -62,6 +60,13 @@ def score_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                         f"{metric}_low": low, f"{metric}_high": high}
             rows.append(row)
     return rows
+
+
+def score_table(report: Report, rows: list[dict[str, Any]], caption: str, name: str) -> None:
+    """Rows of `score_rows` as a table."""
+    report.table(rows, {"setting": "setting", "set": "set", "n": "proteins", "method": "method",
+                        "macro_f1": "macro-F1", "macro_f1_interval": "95 %", "accuracy": "accuracy",
+                        "accuracy_interval": "95 % (accuracy)"}, caption, name)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -168,6 +168,18 @@ def test_contributions_are_summed_by_group_and_go_on(model, layout, batches):
     assert len(alone) == 2
     np.testing.assert_allclose(whole.signed[3], sum(alone), atol=1e-7)
     np.testing.assert_allclose(whole.absolute[3], np.abs(alone).sum(0), atol=1e-6)
+    inner = scores.attribute(model, layout, batches, labels, group, 6, steps=4, max_steps=4, counted="residues")
+    ends = [integrated_gradients(model, batch.tokens, point=POINTS, steps=4, max_steps=4, mode="gate", tokens="each",
+                                 target=class_probability(batch.fill(labels)), options={"output": "class"})
+            for batch in batches]
+    for batch, found in zip(batches, ends, strict=True):
+        values = layout.flat(found.values, 2)
+        for row, i in enumerate(batch.index):
+            if group[i] == 0:  # one protein alone
+                inside = scores.residues(model, batch.tokens)[row]
+                assert inside.sum() == (batch.tokens[row] != model.cfg.pad_id).sum() - 2
+                np.testing.assert_allclose(inner.signed[0], values[row, inside].sum(0), atol=1e-6)
+    assert np.abs(inner.signed - whole.signed).max() > 1e-5
     by_class = whole.of_classes(3)
     np.testing.assert_allclose(by_class[0], (whole.signed[0] + whole.signed[3]) / 3)
     np.testing.assert_allclose(whole.of_classes(3, halves=[1])[0], whole.signed[3] / 2)
@@ -576,13 +588,18 @@ def test_the_tiny_preset_with_all_stages_and_paths(source, tmp_path):
     for row in zero:
         assert row["q"] == pytest.approx(row["k"], abs=1e-3)
     assert {row["ranking"] for row in told["where"]} >= set(claims.JUDGES)
+    page = report.build(tmp_path / "out").read_text()
+    for words in ("The classifier beside its floors", "most similar known sequence", "every fine-tuning",
+                  "jaxmodels bench attribution", "After an epoch of retraining"):
+        assert words in page
 
 
 @pytest.mark.parametrize(("override", "message"), [
     ("keep.methods=random,activation,ig_gate,best", "has 'best'"), ("keep.methods=random", "lacks 'activation'"),
     ("keep.shares=0.5,0.1,1", "must rise"), ("keep.shares=0.1,0.5", "end with 1"), ("where.shares=0", "above 0"),
     ("score.modes=site", "must hold gate"), ("score.modes=gate", "ig_site"), ("score.site_examples=1", "at least 2"),
-    ("enzyme.pretrained=runs/x", "set pretrained"), ("where.draws=0", "draws=0")])
+    ("enzyme.pretrained=runs/x", "set pretrained"), ("where.draws=0", "draws=0"),
+    ("seeds=0", "seeds=0"), ("keep.site_shares=2", "at most 1"), ("where.permutations=0", "permutations=0")])
 def test_what_a_study_cannot_be_told(override, message):
     with pytest.raises(UserError, match=message):
         resolve("esm_knowledge_neurons", [override])

@@ -5,8 +5,9 @@ from typing import Literal
 
 from analysis.knowledge_neurons.methods import BUDGETS, METHODS
 from jaxmodels.errors import UserError
-from train.enzyme_config import EnzymeConfig
+from train.enzyme_config import EnzymeConfig, EnzymeDataConfig
 from train.protein_config import ProteinPretrainConfig
+from train.settings import LoopConfig
 
 Baseline = Literal["zero", "mean"]
 
@@ -22,6 +23,7 @@ class ScoreConfig:
 
     length: int = 192  # tokens of a protein at most; of longer ones the beginning, here and for the curves
     tokens: int = 2048  # of a batch, about: all of it is computed again where one protein of it needs more steps
+    counted: Literal["all", "residues"] = "all"  # tokens that a sum of contributions is over; residues: no <cls>, <eos>
     modes: tuple[Literal["gate", "site"], ...] = ("gate", "site")  # paths of integrated gradients
     baselines: tuple[Baseline, ...] = ("zero", "mean")
     steps: int = 8  # Gauss-Legendre nodes
@@ -99,7 +101,9 @@ class StudyConfig:
     tuned: str = "here"  # here: fine-tune, a stage a seed; or runs of esm_enzyme (or models of 7 classes), by commas
     seeds: int = 3  # fine-tunings, from enzyme.seed on; not read with `tuned`
     pretrain: ProteinPretrainConfig = ProteinPretrainConfig()
-    enzyme: EnzymeConfig = EnzymeConfig(settings=("strict",))
+    enzyme: EnzymeConfig = EnzymeConfig(
+        settings=("strict",), data=EnzymeDataConfig(length=512, batch=8),
+        loop=LoopConfig(steps=896, evaluate_every=128, save_every=128))  # 7 epochs, one between evaluations
     score: ScoreConfig = ScoreConfig()
     keep: KeepConfig = KeepConfig()
     where: WhereConfig = WhereConfig()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from analysis.enzyme_report import METHODS, score_rows
+from analysis.enzyme_report import score_rows, score_table
 from analysis.knowledge_neurons import figures
 from analysis.report.generic import flat_rows, read_run
 from analysis.report.html import Report, display
@@ -37,9 +37,13 @@ mean of its site and layer, also takes the scale of a site away and can; the sta
 Rotary positions turn the two coordinates of a pair of q or k into each other: `ig_gate_pairs` gives each of the two
 half of their sum.
 """
-MISSING = """
-- captum's times beside ours in one run; peak memory.
+COST = """
+Compilation is in the times of the first fine-tuning, not in those of the last, whose programs are there. Peak memory is
+that of the whole process up to the end of the path, training included: it can only rise down the table. Errors are
+relative to the change of the target. captum's time and memory on the same model, side by side with ours in one run:
+`jaxmodels bench attribution`.
 """
+FIRST = "seed0"  # whose costs are shown in full, and whose sets from outside were tested
 
 
 def build(run_dir: str | Path) -> Path:
@@ -51,7 +55,7 @@ def build(run_dir: str | Path) -> Path:
     if tables:
         _claims(report, tables)
     report.section("How it was done", PROTOCOL)
-    _training(report, folder)
+    _training(report, folder, config)
     if tables:
         _curves(report, tables)
         _sites(report, tables)
@@ -60,8 +64,7 @@ def build(run_dir: str | Path) -> Path:
         _reliability(report, tables)
         _specificity(report, tables)
         _motifs(report, tables)
-    _cost(report, results)
-    report.section("What is not here", MISSING)
+    _cost(report, results, int(results.get("fine_tunings", 1)))
     report.section("What was run")
     report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
     report.table(flat_rows(config), {"key": "setting", "value": "value"}, "The resolved config.", "config")
@@ -79,15 +82,28 @@ def _claims(report: Report, tables: dict[str, Any]) -> None:
     report.table(tables["claims"], {"claim": "claim", "verdict": "verdict", "why": "why"}, "Each claim.", "claims")
 
 
-def _training(report: Report, folder: Path) -> None:
-    rows = score_rows(read_json(folder / "seed0" / "enzyme" / "results.json") or {})
+def _training(report: Report, folder: Path, config: dict[str, Any]) -> None:
+    found = [read_json(place / "results.json") or {} for place in tuned_folders(folder, config.get("config") or config)]
+    rows = score_rows(found[0]) if found else []
     if not rows:
         return
-    report.section("The classifier beside its floors", "The whole of every set, proteins up to 1,022 residues. The "
-                   "curves below read fewer and shorter ones (`keep.proteins`, `score.length`).")
-    report.table([row | {"method": METHODS.get(row["kind"], row["method"])} for row in rows],
-                 {"setting": "setting", "set": "set", "n": "proteins", "method": "method", "macro_f1": "macro-F1",
-                  "macro_f1_interval": "95 %", "accuracy": "accuracy"}, "EC classification.", "classification")
+    report.section("The classifier beside its floors", "The whole of every set, proteins up to 1,022 residues, by the "
+                   "first fine-tuning. The curves below read fewer and shorter ones (`keep.proteins`, `score.length`).")
+    score_table(report, rows, "EC classification.", "classification")
+    others = [{"fine-tuning": number, "macro-F1": row["macro_f1"], "95 %": row["macro_f1_interval"],
+               "accuracy": row["accuracy"], "validation macro-F1": one.get("validation_macro_f1")}
+              for number, one in enumerate(found) for row in score_rows(one)
+              if row["kind"] == "model" and row["set"] == "test"]
+    if len(others) > 1:
+        report.table(others, caption="The encoder on the test part, every fine-tuning.", name="fine-tunings")
+
+
+def tuned_folders(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """Where the results of the fine-tunings are: stages, or the runs that `tuned` names."""
+    tuned = str(config.get("tuned", "here"))
+    if tuned != "here":
+        return [Path(one.strip()).expanduser() for one in tuned.split(",") if one.strip()]
+    return [folder / f"seed{number}" / "enzyme" for number in range(int(config.get("seeds", 1)))]
 
 
 def _curves(report: Report, tables: dict[str, Any]) -> None:
@@ -206,14 +222,19 @@ def _specificity(report: Report, tables: dict[str, Any]) -> None:
                        for a, row in zip(names, one["change"], strict=True)], name=f"specificity-{ablation}")
 
 
-def _cost(report: Report, results: dict[str, Any]) -> None:
+def _cost(report: Report, results: dict[str, Any], fine_tunings: int) -> None:
     rows = []
-    for key, value in results.items():
-        seed, _, rest = key.partition(".")
-        if rest.startswith("seconds_a_protein."):
-            path = rest.partition(".")[2]
-            rows.append({"fine-tuning": seed, "path": path, "seconds a protein": value,
-                         "mean completeness error": results.get(f"{seed}.completeness_error_mean.{path}")})
+    for name in (key.removeprefix(f"{FIRST}.seconds_a_protein.") for key in results
+                 if key.startswith(f"{FIRST}.seconds_a_protein.")):
+        mode, _, baseline = name.partition("-")
+        last = f"seed{fine_tunings - 1}"
+        rows.append({"path": mode, "baseline": baseline or None, "first": results[f"{FIRST}.seconds_a_protein.{name}"],
+                     "last": results.get(f"{last}.seconds_a_protein.{name}") if last != FIRST else None,
+                     "peak": results.get(f"{FIRST}.peak_mib.{name}"),
+                     "error": results.get(f"{FIRST}.completeness_error_mean.{name}")})
     if rows:
-        report.section("Cost", "Compilation included; errors relative to the change of the target.")
-        report.table(rows, caption=f"On {results.get('device')}.", name="cost")
+        report.section("Cost", COST)
+        report.table(rows, {"path": "path", "baseline": "baseline", "first": "seconds a protein, first fine-tuning",
+                            "last": "last fine-tuning", "peak": "peak memory so far (MiB)",
+                            "error": "mean completeness error"},
+                     f"All neurons of all six sites, on {results.get('device')}.", "cost")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from analysis.attribution import class_probability, integrated_gradients
 from analysis.knowledge_neurons.neurons import POINTS, Layout
@@ -183,6 +183,7 @@ def task_score(by_class: Float[np.ndarray, "C n"]) -> Float[np.ndarray, "n"]:
 def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[np.ndarray, "N"],
               group: Int[np.ndarray, "N"], groups: int, *, mode: Literal["site", "gate"] = "gate", rule: str = "gauss",
               steps: int = 20, max_steps: int = 80, mean: Float[np.ndarray, "n"] | None = None,
+              counted: Literal["all", "residues"] = "all",
               before: Attributed | None = None, after: Callable[[Attributed], None] = lambda found: None) -> Attributed:
     """Contribution of every neuron to the probability of the true class, summed by group.
 
@@ -190,6 +191,7 @@ def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[
       labels, group: of every example; those whose label the model misses are left out by the caller.
       mode, rule, steps, max_steps: of `integrated_gradients`; rule="end" with mode="gate" is gradient times activation.
       mean: the baseline, one value a neuron; None: zero.
+      counted: tokens that the sums are over: all but padding, or residues, without <cls> and <eos> too.
       before: what earlier batches gave, to go on from; after: called with the sums after every batch.
     """
     total = before or Attributed.empty(groups, layout.size)
@@ -199,7 +201,8 @@ def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[
         start = time.monotonic()
         found = integrated_gradients(
             model, batch.tokens, point=POINTS, target=class_probability(batch.fill(labels)), steps=steps, rule=rule,
-            mode=mode, baseline=baseline, tokens="sum", options={"output": "class"}, max_steps=max_steps)
+            mode=mode, baseline=baseline, tokens="sum", options={"output": "class"}, max_steps=max_steps,
+            counted=residues(model, batch.tokens) if counted == "residues" else None)
         rows = len(batch.index)
         values = layout.flat(found.values, lead=1)[:rows].astype(np.float64)
         mine = group[batch.index]
@@ -212,6 +215,11 @@ def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[
             seconds=total.seconds + time.monotonic() - start)
         after(total)
     return total
+
+
+def residues(model: Esm, tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """Neither <cls> nor <eos> nor padding."""
+    return ~np.isin(tokens, (model.cfg.cls_id, model.cfg.eos_id, model.cfg.pad_id))
 
 
 def _relative(found: Any, rows: int) -> np.ndarray:

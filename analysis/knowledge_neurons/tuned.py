@@ -3,9 +3,11 @@
 Each step writes what it has found when it is done, so that any interruption costs at most one.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,10 @@ class Tuned:
 
     def name(self, name: str) -> str:
         return f"seed{self.number}/{name}"
+
+    def number_of(self, key: str) -> str:
+        """The key of a number of this fine-tuning in results.json."""
+        return f"seed{self.number}.{key}"
 
     def save(self, name: str, **arrays: Any) -> None:
         self.run.save_npz(self.name(name), **arrays)
@@ -85,12 +91,11 @@ def score(one: Tuned) -> Found:
     if (count == 0).all(1).any():
         raise UserError(f"of the training proteins {len(right)} are classified correctly, too few for two halves; "
                         "train for longer (enzyme.loop.steps)")
-    at = f"seed{one.number}"
-    one.run.write_results({f"{at}.train_right": len(right), f"{at}.scored_classes": int((count.sum(0) > 0).sum()),
-                           **{f"{at}.seconds_a_protein.{name}": float(path.seconds / path.count.sum())
-                              for name, path in paths.items()},
-                           **{f"{at}.completeness_error_mean.{name}": float(path.error[1] / path.count.sum())
-                              for name, path in paths.items()}})
+    told = {"train_right": len(right), "scored_classes": int((count.sum(0) > 0).sum())}
+    for name, path in paths.items():
+        told |= {f"seconds_a_protein.{name}": float(path.seconds / path.count.sum()),
+                 f"completeness_error_mean.{name}": float(path.error[1] / path.count.sum())}
+    one.run.write_results({one.number_of(key): value for key, value in told.items()})
     return Found(moments, paths)
 
 
@@ -118,11 +123,21 @@ def contributions(one: Tuned, name: str, which: np.ndarray, options: dict[str, A
                           0 if before is None else int(before.done)) as advance:
         def after(found: scores.Attributed) -> None:
             one.save(f"scores/{name}", **found._asdict())
+            if peak := high_water():
+                one.run.write_results({one.number_of(f"peak_mib.{name}"): peak})
             advance()
             one.run.check_stop()
 
         return scores.attribute(one.model, one.layout, batches, part.labels, groups_of(part.labels), GROUPS,
-                                before=before, after=after, **options)
+                                counted=one.cfg.score.counted, before=before, after=after, **options)
+
+
+def high_water() -> float | None:
+    """MiB of memory that this process has held at most; None where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    return None
 
 
 # Curves
