@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -31,9 +32,7 @@ def keeping(rows: Sequence[Mapping[str, Any]], direction: str, full: float, floo
         panel.axhline(full, color=INK, linewidth=0.8)
         panel.axhline(floor, color=GRID, linewidth=1.2)
         panel.set_xscale("log")
-        shares = sorted({100 * row["share"] for row in mine})
-        panel.set_xticks(shares, [f"{share:g}" for share in shares])
-        panel.xaxis.set_minor_locator(NullLocator())
+        _share_ticks(panel, mine)
         what = "kept" if direction == "keep" else "lost"
         panel.set(title=f"{ablation} ablation", xlabel=f"neurons {what} (%)")
     axes[0, 0].set_ylabel("macro-F1, test")
@@ -57,13 +56,20 @@ def site_budgets(rows: Sequence[Mapping[str, Any]], full: float) -> Figure:
                            color=INK if method in CONTROLS else PALETTE[number % len(PALETTE)])
         panel.axhline(full, color=INK, linewidth=0.8)
         panel.set(title=site, xscale="log")
-        shares = sorted({100 * row["share"] for row in rows})
-        panel.set_xticks(shares, [f"{share:g}" for share in shares])
-        panel.xaxis.set_minor_locator(NullLocator())
-    figure.supxlabel("neurons of the site that are kept (%)", fontsize=9)
+        _share_ticks(panel, rows)
+    axes[1, 1].set_xlabel("neurons of the site that are kept (%)")  # a label of the figure would meet the legend
     figure.supylabel("macro-F1, test", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def _share_ticks(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A tick at every share; those that would touch the next one have no number."""
+    shares = sorted({100 * row["share"] for row in rows})
+    ends = [*shares[1:], np.inf]
+    panel.set_xticks(shares, [f"{share:g}" if after / share > 1.25 else "" for share, after in zip(
+        shares, ends, strict=True)])
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
 def places(rows: Sequence[Mapping[str, Any]], ranking: str, share: float) -> Figure:

@@ -6,7 +6,7 @@ from typing import Any
 from analysis.enzyme_report import score_rows, score_table
 from analysis.knowledge_neurons import figures
 from analysis.report.generic import flat_rows, read_run
-from analysis.report.html import Report, display
+from analysis.report.html import Report
 from train.enzyme import CLASSES
 from train.runtime.files import read_json
 
@@ -15,7 +15,8 @@ The protocol is ours. Of the study that asked these questions first (Nori et al.
 of the abstract are known here: nothing below reproduces its numbers or contradicts them.
 
 - Scores come from training proteins alone; the curves are of test proteins. A neuron that is not kept has one value at
-  all tokens, 0 or its mean over the training part; the classifier is untouched and nothing is retrained.
+  all tokens, 0 or its mean over the training part; the classifier is untouched and, but for one table, nothing is
+  retrained.
 - `random_matched` draws as many neurons from every site and layer as `ig_gate` does; `bottom` takes the lowest scores.
 - One pre-training, several fine-tunings of it that differ by their seed. Numbers are means over the fine-tunings, ±
   the standard deviation between them; a random method draws masks of its own for each. Intervals are 95 % bootstrap
@@ -74,12 +75,14 @@ def build(run_dir: str | Path) -> Path:
 def _claims(report: Report, tables: dict[str, Any]) -> None:
     full = tables["full"]
     report.section("What can be said", "Supported and not supported: every interval that the claim needs lies on one "
-                   "side. Everything else is not decidable, and so is all behaviour of a classifier that is not better "
-                   "than naming the commonest class.")
+                   "side, and every fine-tuning agrees. Everything else is not decidable, and so is all behaviour of a "
+                   "classifier that is not better than naming the commonest class.")
     report.number_cards([("macro-F1 of the whole model", full["macro_f1"],
                           f"{full['macro_f1_low']:.3f} to {full['macro_f1_high']:.3f}"),
                          ("of the commonest class", full["commonest_macro_f1"])])
-    report.table(tables["claims"], {"claim": "claim", "verdict": "verdict", "why": "why"}, "Each claim.", "claims")
+    # The reasons are prose: in a third column they would be cut off on a phone.
+    report.table(tables["claims"], {"claim": "claim", "verdict": "verdict"}, "Each claim.", "claims")
+    report.text("\n".join(f"- **{row['verdict']}**: {row['claim']} *Why:* {row['why']}." for row in tables["claims"]))
 
 
 def _training(report: Report, folder: Path, config: dict[str, Any]) -> None:
@@ -127,6 +130,7 @@ def _curves(report: Report, tables: dict[str, Any]) -> None:
                                                    "whole model's macro-F1 is kept." if direction == "keep" else "."),
                      name=f"shares-{direction}")
         report.table([_each(row) for row in tables["differences"] if row["direction"] == direction],
+                     ("ablation", "method", "control", "difference", "low", "high", "each"),
                      caption="Area less that of a control, the same proteins drawn for both.",
                      name=f"differences-{direction}")
 
@@ -175,7 +179,7 @@ def _motifs(report: Report, tables: dict[str, Any]) -> None:
 
 
 def _each(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"each": " / ".join(display(value) for value in row["each"])}
+    return row | {"each": " / ".join("–" if value is None else f"{value:+.3f}" for value in row["each"])}
 
 
 def _where(report: Report, tables: dict[str, Any]) -> None:
