@@ -539,6 +539,7 @@ def test_the_study_answers_every_claim(finished):
     assert len(told["curves"]) == 2 * (5 + 4) * 3  # what controls from below lose is not asked
     assert {len(row["each"]) for row in told["differences"] + told["reliability"]} == {2}
     assert len(told["sites"]) == 2 * 3 * 6 * 2 and len(told["motifs"]) == 2 * len(motifs.MOTIFS)
+    assert told["sequences"] and all(len(row["values"]) == len(row["residues"]) for row in told["sequences"])
     assert [row["method"] for row in told["retrained"]] == ["ig_gate", "activation", "random", "random_matched"]
     drawn = next(row for row in told["curves"] if row["method"] == "random")
     assert drawn["masks"] == 4 and drawn["sd"] is not None

@@ -65,6 +65,7 @@ def build(run_dir: str | Path) -> Path:
         _reliability(report, tables)
         _specificity(report, tables)
         _motifs(report, tables)
+        _sequences(report, tables)
     _cost(report, results, int(results.get("fine_tunings", 1)))
     report.section("What was run")
     report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
@@ -176,6 +177,18 @@ def _motifs(report: Report, tables: dict[str, Any]) -> None:
                                     "proteins": "proteins", "matches": "residues", "inside": "inside",
                                     "elsewhere": "elsewhere", "effect": "effect (sd)", "p": "p", "verdict": "verdict"},
                  "Contributions over the mean absolute one of the protein; p: one-sided, by permutation.", "motifs")
+
+
+def _sequences(report: Report, tables: dict[str, Any]) -> None:
+    rows = tables["sequences"]
+    if not rows:
+        return
+    report.section("Proteins, residue by residue", "What the same neurons contribute to the right class at each "
+                   "residue, in the first fine-tuning: one correctly classified test protein a class. Orange: for the "
+                   "class, blue: against it; full colour at the protein's largest. Underlined: a match of one of the "
+                   "motifs.")
+    for row in rows:
+        report.coloured(row["residues"], row["values"], f"{row['name']}, EC {row['ec']}", set(row["marked"]))
 
 
 def _each(row: dict[str, Any]) -> dict[str, Any]:

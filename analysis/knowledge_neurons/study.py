@@ -7,6 +7,7 @@
     seedN/specificity.npz
     seedN/sites/*.npz           answers where a share of one site is kept
     seedN/motifs.npz            attribution inside motifs and elsewhere
+    seed0/sequences.npz         attribution of every residue of a few proteins
     seed0/retrained/*.npz       answers before and after an epoch with a mask in place
     tables.json                 of all fine-tunings together
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 import jaxmodels
 from analysis import enzyme_report, training_report
-from analysis.knowledge_neurons import claims, motifs, retrain, tables, tuned
+from analysis.knowledge_neurons import claims, motifs, retrain, sequences, tables, tuned
 from analysis.knowledge_neurons.config import StudyConfig
 from analysis.knowledge_neurons.neurons import Layout, chosen
 from analysis.knowledge_neurons.tuned import Tuned
@@ -65,8 +66,10 @@ def examine(one: Tuned) -> tables.Seen:
     tuned.curves(one, found)
     special = tuned.specificity(one, found)
     sites = tuned.site_curves(one, found)
+    first = one.number == 0
     return tables.Seen(found, one.load("curves/test"), tuned.load_curves(one), special, sites, motifs.check(one, found),
-                       retrain.retrained(one, found) if one.number == 0 else {})
+                       retrain.retrained(one, found) if first else {},
+                       sequences.rows_of(one, sequences.shown(one, found)) if first else [])
 
 
 # Training

@@ -34,8 +34,8 @@ Answers = Mapping[tuple[str, str, str], np.ndarray]
 
 class Seen(NamedTuple):
     """Of one fine-tuning. test: labels [N], full [N] and what `keep` none gives; answers: see `tuned.load_curves`;
-    special: of each ablation [C, N], -1 where a class was not knocked out; sites, motifs, retrained: see
-    `tuned.site_curves`, `motifs.check`, `retrain.retrained`."""
+    special: of each ablation [C, N], -1 where a class was not knocked out; sites, motifs, retrained, sequences: see
+    `tuned.site_curves`, `motifs.check`, `retrain.retrained`, `sequences.rows_of`."""
 
     found: Found
     test: Mapping[str, np.ndarray]
@@ -44,6 +44,7 @@ class Seen(NamedTuple):
     sites: Mapping[tuple[str, str], np.ndarray]
     motifs: Mapping[str, np.ndarray]
     retrained: Mapping[tuple[str, float], Mapping[str, np.ndarray]]
+    sequences: Rows
 
 
 def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, 
             "totals": total_rows(layout, seen), "specificity": specificity(cfg, truth, full, special),
             "sites": site_rows(cfg, truth, sites),
             "motifs": [row for number, one in enumerate(seen) for row in motif_rows(one.motifs, number)],
-            "retrained": retrained_rows(cfg, truth, seen[0].retrained)}
+            "retrained": retrained_rows(cfg, truth, seen[0].retrained), "sequences": seen[0].sequences}
 
 
 def numbers(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,18 @@ class Report:
     def code(self, text: str, caption: str = "") -> None:
         """Text as it is, in a fixed-width font: programs, samples of a model."""
         self._add("code", text=str(text), caption=str(caption))
+
+    def coloured(self, pieces: Sequence[str], values: Sequence[float], caption: str = "",
+                 marked: Collection[int] = ()) -> None:
+        """Text of which every piece (a residue, a token) has a colour: orange for its value above 0, blue for below.
+
+        Full colour is at the largest absolute value; each value is told where the pointer rests. marked: places of the
+        pieces that are underlined.
+        """
+        largest = max((abs(value) for value in values), default=0) or 1
+        self._add("coloured", caption=str(caption), pieces=[
+            (str(piece), "a" if value > 0 else "b", round(100 * abs(value) / largest), f"{i + 1}: {display(value)}",
+             i in marked) for i, (piece, value) in enumerate(zip(pieces, values, strict=True))])
 
     def figure(self, figure: Any, caption: str = "", data: Any = None, name: str = "figure", alt: str = "") -> None:
         """A matplotlib Figure, inline as SVG, or as PNG where the SVG would be heavy.
