@@ -57,8 +57,8 @@ def _status(results: dict[str, Any]) -> str:
 
 
 def _losses(report: Report, lines: Lines, results: dict[str, Any]) -> None:
-    floors = {key.split(".")[1].removesuffix("_perplexity"): float(np.log(value)) for key, value in results.items()
-              if key.startswith("floor.") and is_number(value) and "hidden" not in key}
+    floors = {label.removeprefix("floor: "): float(np.log(results[key])) for key, label, _ in CARDS
+              if key.startswith("floor.") and "hidden" not in key and is_number(results.get(key))}
     held = "held-out families" if floors else "held-out packages"
     report.section("Learning", f"Loss of every step beside that of the {held}, which no step has seen.")
     tokens = _tokens(lines)
@@ -160,8 +160,9 @@ def _samples(report: Report, results: dict[str, Any]) -> None:
 
 
 def _tokens(lines: Lines) -> list[float]:
-    """Tokens predicted up to each line; resumed runs have every step once."""
-    return np.cumsum([line.get("weight", 0) for line in lines]).tolist()
+    """Tokens read up to each line; resumed runs have every step once."""
+    # Where not every token is asked for (masked residues), `weight` counts the questions and `tokens` what was read.
+    return np.cumsum([line.get("tokens", line.get("weight", 0)) for line in lines]).tolist()
 
 
 def _curve(lines: Lines, key: str) -> tuple[list[float], list[float]]:
