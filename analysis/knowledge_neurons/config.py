@@ -55,7 +55,7 @@ class KeepConfig:
     proteins: int | None = 24  # of each class of the test part at most; none: all
     bootstrap: int = 1000  # draws behind every interval
     specific: float = 0.05  # share of the neurons that is knocked out for one class
-    retrain_shares: tuple[float, ...] = (0.05, 0.2)  # kept while the first fine-tuning is retrained for an epoch
+    retrain_shares: tuple[float, ...] = (0.1,)  # kept while the first fine-tuning is retrained for an epoch
     site_shares: tuple[float, ...] = (0.02, 0.1, 0.3)  # kept of one site, every other site being whole
 
     def __post_init__(self):
@@ -103,7 +103,7 @@ class StudyConfig:
     pretrain: ProteinPretrainConfig = ProteinPretrainConfig()
     enzyme: EnzymeConfig = EnzymeConfig(
         settings=("strict",), data=EnzymeDataConfig(length=512, batch=8),
-        loop=LoopConfig(steps=896, evaluate_every=128, save_every=128))  # 7 epochs, one between evaluations
+        loop=LoopConfig(steps=512, evaluate_every=64, save_every=128))  # 4 epochs, half of one between evaluations
     score: ScoreConfig = ScoreConfig()
     keep: KeepConfig = KeepConfig()
     where: WhereConfig = WhereConfig()
