@@ -54,7 +54,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "hub": ["huggingface_hub>=1"],
         "quantize": QUANTIZE,
-        "bench": ["psutil>=6", "torch>=2.13", "accelerate>=1"],  # peers that benchmarks run side by side
+        "bench": ["psutil>=6", "torch>=2.13", "accelerate>=1", "captum>=0.9"],  # peers that benchmarks run side by side
         "test": TEST,
     },
     entry_points={"console_scripts": ["jaxmodels=jaxmodels.cli:entry"]},
