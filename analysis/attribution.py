@@ -391,7 +391,9 @@ def _conductance(program, points, tokens, state, inputs, target, h, embedding, b
         return _numbers(target, output), {p: aux[p] for p in points}
 
     def node(alpha):
-        slopes = jax.jvp(lambda a: run(a, zeros)[1], (alpha,), (jnp.ones_like(alpha),))[1]
+        # dh/dα, which is the transpose of a transpose: kernels have gradients of their own and no forward mode.
+        back = jax.vjp(lambda a: run(a, zeros)[1], alpha)[1]
+        slopes = jax.grad(lambda cotangent: back(cotangent)[0])(zeros)
         number, gradients = _with_value(lambda added: run(alpha, added)[0], zeros)
         product = jax.tree.map(jnp.multiply, slopes, gradients)
         totals = jax.tree.map(lambda a: a.sum(tuple(range(2, a.ndim))), product)

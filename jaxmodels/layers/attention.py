@@ -186,16 +186,47 @@ def _attend_in_blocks(q, k, v, allowed):
     return _by_token(y, B)
 
 
-@jax.checkpoint  # computing the scores again in the gradient is faster than fetching [B·N, T, S] of them
+@jax.custom_vjp
 def _block(q, k, v, row):
-    """One key head: q [G, t, H], k and v [S, H], row bool[t, S] or [1, S] -> [G, t, H]."""
-    # One contracted axis, (g, t) as one: with two of them XLA transposes both factors of the gradient's products.
+    """One key head: q [G, t, H], k and v [S, H], row bool[t, S] or [1, S] -> [G, t, H].
+
+    With a gradient of its own, from probabilities that are computed again: faster than fetching [B·N, T, S] of them,
+    and than what differentiating these steps gives. It has no forward mode; the vjp of a vjp is one.
+    """
+    return _block_forward(q, k, v, row)[0]
+
+
+def _block_forward(q, k, v, row):
+    # One contracted axis, (g, t) as one: with two of them XLA transposes both factors of a product.
     G, t, H = q.shape
     scores = jnp.einsum("xh,sh->xs", q.reshape(G * t, H), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(row, scores.reshape(G, t, -1) * H ** -0.5, _MASKED)
-    p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))  # any constant gives the same y
-    y = jnp.einsum("xs,sh->xh", p.reshape(G * t, -1).astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (y.reshape(G, t, H) / p.sum(-1, keepdims=True)).astype(v.dtype)
+    scores = jnp.where(row, scores.reshape(G, t, -1) * H ** -0.5, _MASKED).reshape(G * t, -1)
+    top = scores.max(-1, keepdims=True)
+    p = jnp.exp(scores - top)
+    total = p.sum(-1, keepdims=True)
+    y = jnp.einsum("xs,sh->xh", p.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    y = y.astype(v.dtype)
+    return y.reshape(G, t, H), (q, k, v, row, y, top, total)
+
+
+def _block_backward(saved, dy):
+    # All is [S, G·t]: of the products only that of dq then has a transposed left factor, which is slow on a CPU.
+    q, k, v, row, y, top, total = saved
+    G, t, H = q.shape
+    dy, q = dy.reshape(G * t, H), q.reshape(G * t, H)
+    scores = jnp.einsum("sh,xh->sx", k, q, preferred_element_type=jnp.float32) * H ** -0.5
+    allowed = jnp.broadcast_to(row.T[:, None], (k.shape[0], G, t)).reshape(-1, G * t)
+    p = jnp.exp(jnp.where(allowed, scores, _MASKED) - top.T) * (1 / total.T)
+    along = jnp.einsum("sh,xh->sx", v, dy, preferred_element_type=jnp.float32)
+    mean = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1)
+    d_scores = jnp.where(allowed, p * (along - mean) * H ** -0.5, 0).astype(k.dtype)
+    dq = jnp.einsum("sx,sh->xh", d_scores, k, preferred_element_type=jnp.float32).astype(q.dtype)
+    dk = jnp.einsum("sx,xh->sh", d_scores, q, preferred_element_type=jnp.float32).astype(k.dtype)
+    dv = jnp.einsum("sx,xh->sh", p.astype(v.dtype), dy, preferred_element_type=jnp.float32).astype(v.dtype)
+    return dq.reshape(G, t, H), dk, dv, None
+
+
+_block.defvjp(_block_forward, _block_backward)
 
 
 def _attend_fused(q, k, v, allowed):
