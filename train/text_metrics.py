@@ -1,0 +1,175 @@
+"""How well codes of texts were predicted (text2tree.md section 11).
+
+truth bool[n, K] and scores float[n, K] in [0, 1], or int[n] classes, which `one_hot` turns into the former.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+THRESHOLDS = tuple(np.arange(1, 20) / 20)  # 0.05 ... 0.95
+BINS = ((1, 10), (11, 50), (51, 100), (101, 500), (501, None))  # training texts of a class
+
+
+def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
+    """int[n] -> bool[n, K]."""
+    return np.asarray(labels)[:, None] == np.arange(classes)
+
+
+# Sets of labels
+
+
+def counts(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Right, said and there, int[3, K]."""
+    truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
+    return np.stack([(truth & predicted).sum(0), predicted.sum(0), truth.sum(0)])
+
+
+def f1(counted: np.ndarray) -> dict[str, np.ndarray]:
+    """micro_f1, macro_f1 (over the classes that are there), macro_f1_all, from counts [..., 3, K]: [...] each.
+
+    F1_c is 0 where it is undefined. (Not the harmonic mean of macro precision and macro recall, as CAML's script has.)
+    """
+    each, there = class_f1(counted), counted[..., 2, :] > 0
+    right, said, gold = np.moveaxis(counted.sum(-1), -1, 0)
+    with np.errstate(invalid="ignore"):
+        micro = np.where(said + gold > 0, 2 * right / np.maximum(said + gold, 1), 0.0)
+        macro = np.where(there, each, 0).sum(-1) / np.maximum(there.sum(-1), 1)
+    return {"micro_f1": micro, "macro_f1": macro, "macro_f1_all": each.mean(-1)}
+
+
+def class_f1(counted: np.ndarray) -> np.ndarray:
+    """F1 of each class, [..., K], from counts [..., 3, K]."""
+    right, both = counted[..., 0, :], counted[..., 1, :] + counted[..., 2, :]
+    return np.where(both > 0, 2 * right / np.maximum(both, 1), 0.0)
+
+
+def tuned_threshold(truth: np.ndarray, scores: np.ndarray, thresholds: Sequence[float] = THRESHOLDS) -> float:
+    """The threshold of the best macro-F1, to be found on the development part; the lowest of equal ones."""
+    scores = np.asarray(scores)
+    found = [float(f1(counts(truth, scores >= t))["macro_f1"]) for t in thresholds]
+    return float(thresholds[int(np.argmax(found))])
+
+
+# Rankings
+
+
+def ranking(truth: np.ndarray, scores: np.ndarray, ks: Sequence[int] = (5, 8)) -> dict[str, float]:
+    """p_at_K, r_precision and map (mean average precision), over the texts that have a label.
+
+    p_at_K divides by K, whatever the number of labels. Equal scores count in the order of the classes.
+    """
+    truth = np.asarray(truth, bool)
+    labelled = truth.any(1)
+    if not labelled.any():
+        return {**{f"p_at_{k}": float("nan") for k in ks}, "r_precision": float("nan"), "map": float("nan")}
+    truth = truth[labelled]
+    order = np.argsort(-np.asarray(scores)[labelled], axis=1, kind="stable")
+    hits = np.take_along_axis(truth, order, axis=1)
+    gold, ranks = truth.sum(1), np.arange(1, truth.shape[1] + 1)
+    precision = hits.cumsum(1) / ranks
+    found = {f"p_at_{k}": float(hits[:, :k].sum(1).mean() / k) for k in ks}
+    found["r_precision"] = float(precision[np.arange(len(gold)), gold - 1].mean())
+    return found | {"map": float(((precision * hits).sum(1) / gold).mean())}
+
+
+# Buckets of classes
+
+
+def buckets(train_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Masks bool[K]: tail, middle and head thirds by training count, and bins of it, ``1_10`` ... ``501_up``."""
+    train_counts = np.asarray(train_counts)
+    K = len(train_counts)
+    rank = np.empty(K, int)
+    rank[np.argsort(train_counts, kind="stable")] = np.arange(K)
+    found = {name: rank * 3 // max(K, 1) == i for i, name in enumerate(("tail", "middle", "head"))}
+    for low, high in BINS:
+        found[f"{low}_{high or 'up'}"] = (train_counts >= low) & (train_counts <= (high or np.inf))
+    return found
+
+
+def bucket_f1(counted: np.ndarray, masks: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Macro-F1 of the classes of each bucket that are there; buckets without one are left out."""
+    each, there = class_f1(counted), counted[2] > 0
+    members = {name: mask & there for name, mask in masks.items()}
+    return {f"macro_f1_{name}": float(each[some].mean()) for name, some in members.items() if some.any()}
+
+
+# The tree
+
+
+def hierarchical(truth: np.ndarray, predicted: np.ndarray, ancestors: np.ndarray) -> dict[str, float]:
+    """Micro precision, recall and F1 after all ancestors of what is true and of what is said are added, the root left
+    out (Kiritchenko et al. 2006). ancestors bool[K, N]: `LabelTree.ancestors`."""
+    closure = np.asarray(ancestors, np.float32)[:, 1:]
+    gold, said = (np.asarray(labels, np.float32) @ closure > 0 for labels in (truth, predicted))
+    right = (gold & said).sum()
+    precision, recall = right / max(said.sum(), 1), right / max(gold.sum(), 1)
+    return {"hierarchical_precision": float(precision), "hierarchical_recall": float(recall),
+            "hierarchical_f1": float(2 * right / max(said.sum() + gold.sum(), 1))}
+
+
+def level_accuracy(truth: np.ndarray, predicted: np.ndarray, paths: np.ndarray) -> dict[str, float]:
+    """Share of texts whose predicted class has the right ancestor at each level, of those whose class is that deep.
+
+    truth, predicted int[n]; paths int[K, D + 1]: `LabelTree.paths`.
+    """
+    gold, said = paths[np.asarray(truth)], paths[np.asarray(predicted)]
+    deep = gold >= 0
+    return {f"accuracy_level_{level}": float((gold == said)[deep[:, level], level].mean())
+            for level in range(1, paths.shape[1]) if deep[:, level].any()}
+
+
+# Tables
+
+
+def multi_label(truth: np.ndarray, scores: np.ndarray, threshold: float, train_counts: np.ndarray,
+                ancestors: np.ndarray | None = None) -> dict[str, float]:
+    """Everything of one method on one test set: at 0.5, and at the threshold tuned on dev (``tuned_...``)."""
+    scores = np.asarray(scores)
+    found: dict[str, float] = {"threshold": threshold, **ranking(truth, scores)}
+    for prefix, at in (("", 0.5), ("tuned_", threshold)):
+        counted = counts(truth, scores >= at)
+        here = {name: float(value) for name, value in f1(counted).items()} | bucket_f1(counted, buckets(train_counts))
+        if ancestors is not None:
+            here |= hierarchical(truth, scores >= at, ancestors)
+        found |= {prefix + name: value for name, value in here.items()}
+    return found
+
+
+def multi_class(truth: np.ndarray, predicted: np.ndarray, train_counts: np.ndarray, paths: np.ndarray | None = None,
+                ancestors: np.ndarray | None = None) -> dict[str, float]:
+    """Everything of one method on one test set of int[n] classes; micro_f1 is the accuracy."""
+    K = len(train_counts)
+    gold, said = one_hot(truth, K), one_hot(predicted, K)
+    counted = counts(gold, said)
+    found = {name: float(value) for name, value in f1(counted).items()} | bucket_f1(counted, buckets(train_counts))
+    found["accuracy"] = float(np.mean(np.asarray(truth) == np.asarray(predicted)))
+    if paths is not None:
+        found |= level_accuracy(truth, predicted, paths)
+    return found | (hierarchical(gold, said, ancestors) if ancestors is not None else {})
+
+
+def paired_bootstrap(truth: np.ndarray, first: np.ndarray, second: np.ndarray, metric: str = "macro_f1", *,
+                     classes: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Whether the first of two methods is better: both on the same resampled texts, Koehn 2004.
+
+    truth, first, second bool[n, K]: what is true and said. metric: a key of `f1`. classes bool[K]: those that count
+    (a bucket). Returns ``difference`` (first - second), its 95 % interval ``low``, ``high``, and ``p``, the share of
+    draws in which the first is not better.
+    """
+    truth, first, second = (np.asarray(a, bool)[:, slice(None) if classes is None else classes]
+                            for a in (truth, first, second))
+    n, rng = len(truth), np.random.default_rng(seed)
+    events = [np.concatenate([truth & said, said, truth], axis=1).astype(np.float32) for said in (first, second)]
+    shape = (-1, 3, truth.shape[1])
+
+    def difference(times: np.ndarray) -> np.ndarray:
+        a, b = (f1(np.rint(times @ event).reshape(shape))[metric] for event in events)
+        return a - b
+
+    drawn = np.concatenate([difference(rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float32))
+                            for size in [100] * (draws // 100) + [draws % 100] * (draws % 100 > 0)])
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return {"difference": float(difference(np.ones((1, n), np.float32))[0]), "low": float(low), "high": float(high),
+            "p": float((drawn <= 0).mean())}
