@@ -36,7 +36,7 @@ def start(*arguments):
                           text=True, timeout=300)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("lm_dense_pretrain", marks=pytest.mark.long), "lm_moe_pretrain"])
+@pytest.fixture(scope="module", params=["lm_dense_pretrain", pytest.param("lm_moe_pretrain", marks=pytest.mark.long)])
 def run(request, tmp_path_factory):
     """A tiny run over folders of text that anybody can read in a glance; no TensorFlow in the whole of it."""
     text = tmp_path_factory.mktemp("text")

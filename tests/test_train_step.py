@@ -79,7 +79,7 @@ def alone():
     return jax.device_get(plan.init()["params"]), *train(plan, step, one_device(), BATCHES)
 
 
-@pytest.mark.parametrize("style", ["auto", "per_device", "pmap"])
+@pytest.mark.parametrize("style", ["auto", "per_device", pytest.param("pmap", marks=pytest.mark.long)])
 def test_styles_agree_with_one_device(alone, style):
     mesh = make_mesh(MeshConfig())
     plan, step = decoder_step(SGD, mesh)

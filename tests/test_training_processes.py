@@ -80,8 +80,8 @@ def whole(cache, tmp_path_factory):
     return [stable(line) for line in lines(out)]
 
 
-@pytest.mark.parametrize("moment", ["step", *(pytest.param(m, marks=pytest.mark.long)
-                                              for m in ("evaluation", "data", "compile"))])
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["step", "evaluation", "data", "compile"])
 def test_sigterm(moment, whole, cache, tmp_path):
     out = tmp_path / "run"
     process = begin(out, cache, *([] if moment == "compile" else [f"slow={moment}"]),
