@@ -64,12 +64,12 @@ def prepared(folder: RunFolder, about: Mapping[str, Any], prepare: Callable[[Pat
 
 
 def open_batches(cfg: Any, data: Path, split: str, name: str, **transforms: Any) -> Batches:
-    """This process's part of every global batch of a prepared split; training shuffled for ever, others once in order.
+    """`batches_of` a prepared split; training shuffled for ever, others once in order."""
+    return batches_of(cfg, records.open_records(data, split), name, split == "train", **transforms)
 
-    transforms: as `Batches` takes them.
-    """
-    source = records.open_records(data, split)
-    train = split == "train"
+
+def batches_of(cfg: Any, source: Any, name: str, train: bool = True, **transforms: Any) -> Batches:
+    """This process's part of every global batch of records. transforms: as `Batches` takes them."""
     return Batches(source, seed=cfg.seed, global_batch=cfg.data.batch, shuffle=train, epochs=None if train else 1,
                    process_index=jax.process_index(), process_count=jax.process_count(), name=name,
                    files=source.files, **transforms)

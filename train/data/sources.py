@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import UserError
+from train.data.coded_texts import SOURCES as CODED_TEXTS
 from train.data.gettext_text import LICENSE as DJANGO_LICENSE
 from train.data.gettext_text import read_gettext
 from train.data.locate import Source, locate, read
@@ -67,12 +68,12 @@ def text_source(name: str) -> list[LanguageText]:
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` is a source of texts or proteins, here or not."""
-    return name.partition(":")[0] in {*SOURCES, *PROTEINS, *_OPEN_KINDS}
+    """Whether `name` is a source of texts, coded texts or proteins, here or not."""
+    return name.partition(":")[0] in {*SOURCES, *CODED_TEXTS, *PROTEINS, *_OPEN_KINDS}
 
 
 def where(name: str) -> Path | None:
-    """Where a source of texts or proteins is; None if it is missing, or if there is no such source.
+    """Where a source of texts, coded texts or proteins is; None if it is missing, or if there is no such source.
 
     The order: an explicit path after the colon, ``$JAXMODELS_DATA/<name>``, an installed package that carries it.
     """
@@ -85,7 +86,7 @@ def where(name: str) -> Path | None:
     if rest:
         path = Path(rest).expanduser()
         return path if path.exists() else None
-    source = SOURCES.get(kind) or PROTEINS.get(kind)
+    source = SOURCES.get(kind) or CODED_TEXTS.get(kind) or PROTEINS.get(kind)
     return locate(source) if source else None
 
 

@@ -1,0 +1,102 @@
+"""Sources of texts with codes: parts, labels, trees, and what is wrong with a user's own file."""
+
+import numpy as np
+import pytest
+
+from jaxmodels.errors import UserError
+from train.data.coded_texts import Columns, coded_texts, hashed
+
+CODES = ("A41.9", "A41.0", "B20", "I10")
+
+
+def write(path, rows, header="text,labels,split"):
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return f"path:{path}"
+
+
+def rows_of(count=30, codes=CODES, splits=("train", "train", "dev", "test")):
+    n = len(codes)
+    return [f"text {i},{codes[i % n]};{codes[(i + i // n) % n]},{splits[i % 4]}" for i in range(count)]
+
+
+def test_a_users_own_file(tmp_path):
+    name = write(tmp_path / "notes.csv", [*rows_of(), " ,A41.9,train", "text 0,I10,test"])
+    found = coded_texts(name, columns=Columns(split="split"))
+    assert found.multi_label and found.tree.classes == tuple(sorted(CODES))
+    assert found.tree.path("A41.9") == ("A", "A41", "A41.9")
+    train = found.parts["train"]
+    assert train.texts[1] == "text 1" and train.labels.dtype == bool and train.labels.shape == (16, 4)
+    assert set(np.array(found.tree.classes)[train.labels[1]]) == {"A41.0"}
+    assert (found.counts["empty_texts"], found.counts["rows"], found.counts["test_also_in_train"]) == (1, 32, 1)
+    assert found.train_counts.sum() == train.labels.sum()
+
+
+def test_rare_classes_are_left_out_by_the_training_part_alone(tmp_path):
+    rows = [*rows_of(), "rare one,I11,train", "rare two,I11,test", "unseen,I12,test"]
+    found = coded_texts(write(tmp_path / "a.csv", rows), floor=2, columns=Columns(split="split"))
+    assert "I11" not in found.tree.classes and found.counts["classes_left_out"] == 2
+    assert found.counts["codes_without_training_text"] == 1
+    assert found.counts["test_without_label"] == 2 and "rare two" in found.parts["test"].texts
+
+
+def test_one_code_each_is_multi_class(tmp_path):
+    rows = [f"text {i},{CODES[i % 2]},{('train', 'train', 'dev', 'test')[i // 2 % 4]}" for i in range(32)]
+    found = coded_texts(write(tmp_path / "a.csv", [*rows, "odd,I10,test"]), columns=Columns(split="split"))
+    assert not found.multi_label and found.parts["dev"].labels.dtype == np.int32
+    assert found.counts["test_left_out"] == 1 and len(found.parts["test"]) == 8
+    assert found.train_counts.tolist() == [8, 8]
+
+
+def test_without_a_split_the_text_decides(tmp_path):
+    rows = [f"text {i},{CODES[i % 4]};B20" for i in range(400)]
+    found = coded_texts(write(tmp_path / "a.csv", rows, "text,labels"))
+    sizes = [found.counts[f"{split}_texts"] / 400 for split in ("train", "dev", "test")]
+    assert np.allclose(sizes, (0.64, 0.16, 0.2), atol=0.06)
+    assert hashed("A  Text", (("a", 50), ("b", 50))) == hashed("a text", (("a", 50), ("b", 50)))
+
+
+@pytest.mark.parametrize("header, rows, message", [
+    ("note,labels", ["x,A41.9"], "no column 'text'; it has note, labels"),
+    ("text,labels", [], "has no row with a text"),
+    ("text,labels", ["some text,"], "holds no code"),
+    ("text,labels", ["cut short"], "1 rows have too few columns, lines 2"),
+    ("text,labels", ["a,A41.9", "b,401.9"], "ICD-9 and ICD-10 codes are mixed"),
+    ("text,labels", ["a,A41.9", "b,A41.0", "c,A419"], "did you mean 'A41.9'"),
+    ("text,labels", ["a,A41.9 B20"] * 3, "has no "),
+])
+def test_bad_files(tmp_path, header, rows, message):
+    with pytest.raises(UserError, match=message):
+        coded_texts(write(tmp_path / "a.csv", rows, header))
+
+
+def test_bad_names_splits_trees_and_bytes(tmp_path):
+    with pytest.raises(UserError, match="unknown source of coded texts 'mesh'"):
+        coded_texts("mesh")
+    with pytest.raises(UserError, match="cannot be read"):
+        coded_texts(f"path:{tmp_path / 'none.csv'}")
+    name = write(tmp_path / "a.csv", [*rows_of(), "text,B20,validation"])
+    with pytest.raises(UserError, match="line 32: split 'validation'"):
+        coded_texts(name, columns=Columns(split="split"))
+    name = write(tmp_path / "a.csv", rows_of())
+    with pytest.raises(UserError, match="data.tree=trees is not"):
+        coded_texts(name, columns=Columns(split="split"), tree="trees")
+    (tmp_path / "tree.tsv").write_text("code\tparent\nroot\t\nA41.9\troot\nB20\troot\nI10\troot\n")
+    with pytest.raises(UserError, match="1 of 4 classes are not in the tree"):
+        coded_texts(name, columns=Columns(split="split"), tree=str(tmp_path / "tree.tsv"))
+    text = "\n".join(["text,labels,split", *rows_of()]).encode()
+    (tmp_path / "a.csv").write_bytes(text + b"\nbad \xff byte,B20,train")
+    assert coded_texts(name, columns=Columns(split="split")).counts["invalid_utf8"] == 1
+
+
+def test_the_real_sets(data_folder):
+    mesh = coded_texts("mesh_pubmed")
+    assert [len(mesh.parts[split]) for split in ("train", "dev", "test")] == [1861, 249, 490]
+    assert (len(mesh.tree), mesh.tree.num_classes, mesh.tree.num_levels) == (167, 100, 3)
+    assert 8.4 < np.concatenate([part.labels for part in mesh.parts.values()]).sum(1).mean() < 8.6
+    codiesp = coded_texts("codiesp", floor=5)
+    assert len(codiesp.parts["test"]) == 250 and codiesp.tree.num_classes == 230
+    assert len(codiesp.parts["train"]) + len(codiesp.parts["dev"]) == 500
+    phrases = coded_texts("icd_phrases")
+    assert not phrases.multi_label and (len(phrases.tree), phrases.tree.num_classes) == (2226, 1918)
+    assert len(phrases.parts["test"]) == 13_487
+    assert len(phrases.parts["train"]) + len(phrases.parts["dev"]) == 46_881 and phrases.train_counts.min() == 1

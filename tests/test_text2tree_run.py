@@ -1,0 +1,136 @@
+"""The experiment on texts with codes, tiny, on files written here: every method, interruption, reports, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+import analysis.text2tree_report
+from jaxmodels.errors import Interrupted, UserError
+from train import text2tree
+from train.runtime.config import resolve, to_dict
+from train.runtime.run_folder import RunFolder
+from train.runtime.signals import stop
+from train.text2tree_config import METHODS
+
+CODES = ("A41.0", "A41.9", "B20.1", "B20.2", "C11.5")
+LEARNS = ("epochs=20", "patience=20", "optimizer.learning_rate=1e-2")
+WORDS = {"A41.0": "fever sepsis", "A41.9": "fever shock", "B20.1": "virus lungs", "B20.2": "virus liver",
+         "C11.5": "tumour neck"}
+
+
+def write(path, multi=True, count=160):
+    """Texts whose words tell their codes; one with both words of a code more often has a second."""
+    r, rows = np.random.default_rng(0), []
+    for i in range(count):
+        codes = list(r.choice(CODES, 1 + (multi and r.random() < 0.5), replace=False, p=[0.4, 0.2, 0.2, 0.1, 0.1]))
+        noise = " ".join(r.choice(["the", "patient", "had", "some", "and", "was"], 6))
+        split = ("train", "train", "train", "dev", "test")[i % 5]
+        rows.append(f"{i} {noise} {' '.join(WORDS[code] for code in codes)},{';'.join(codes)},{split}")
+    path.write_text("\n".join(["text,labels,split", *rows]) + "\n")
+    return str(path)
+
+
+def run(out, path, *overrides, stop_at=None):
+    cfg = resolve("text2tree", ["preset=tiny", f"data.path={path}", "data.split=split", "data.limit=none",
+                                "encoder.words=300", *overrides])
+    log = RunFolder.log
+
+    def signal(self, step, **metrics):
+        log(self, step, **metrics)
+        if step == stop_at:
+            stop.requested = "SIGTERM"
+
+    with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder, \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "log", signal)
+        patch.setattr(stop, "requested", None)
+        text2tree.run(cfg, folder)
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text2tree")
+    path = write(folder / "notes.csv")
+    return run(folder / "out", path, *LEARNS), folder / "out", path
+
+
+def test_it_learns_what_the_words_tell(finished):
+    results, out, _ = finished
+    assert results["status"] == "complete" and results["data.classes"] == 5 and results["data.train_texts"] == 96
+    assert results["test.model.tuned_macro_f1"] > 0.6 and results["test.tfidf.tuned_macro_f1"] > 0.8
+    assert 0.05 <= results["test.model.threshold"] <= 0.95
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["dml"]) and np.isfinite(line["ssl"]) for line in lines)
+    assert max(line.get("dev_macro_f1", 0) for line in lines) == next(
+        line["dev_macro_f1"] for line in lines if line["step"] == results["chosen_step"])
+
+
+def test_the_kept_model_has_no_label_states_and_gives_the_same_answers(finished):
+    results, out, path = finished
+    arrays = np.load(out / "model.npz")
+    assert not [name for name in arrays.files if name.startswith("labels")]
+    saved = np.load(out / "predictions.npz")
+    said = saved["scores"].astype(np.float32) >= results["test.model.threshold"]
+    assert saved["scores"].shape == (32, 5) and (saved["model_said"] == said).mean() > 0.99  # stored in half precision
+
+
+def test_the_report(finished):
+    page = analysis.text2tree_report.build(finished[1]).read_text()
+    assert "TF-IDF" in page and "A41.0" in page and "tail" in page
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+    _, out, path = finished
+    monkeypatch.setattr(text2tree, "train", None)
+    run(out, path, *LEARNS)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
+    results, whole, path = finished
+    options = LEARNS
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", path, *options, stop_at=13)
+    again = run(tmp_path / "out", path, *options)
+    assert again["chosen_step"] == results["chosen_step"]
+    a, b = (np.load(folder / "model.npz") for folder in (whole, tmp_path / "out"))
+    assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.long)
+                                    for name in METHODS if name != "oversampling"])
+def test_every_method_runs(method, tmp_path):
+    found = run(tmp_path / "out", write(tmp_path / "notes.csv"), f"method.name={method}")
+    assert found["method"] == method and 0 <= found["test.model.tuned_macro_f1"] <= 1
+
+
+@pytest.mark.parametrize("method", ["oversampling", *(pytest.param(name, marks=pytest.mark.long)
+                                                      for name in ("text2tree", "supcon", "htc", "logit_adjustment"))])
+def test_one_code_a_text(method, tmp_path):
+    found = run(tmp_path / "out", write(tmp_path / "notes.csv", multi=False), f"method.name={method}")
+    assert "test.model.threshold" not in found and found["test.model.accuracy"] == found["test.model.micro_f1"]
+    assert "test.tfidf.accuracy_level_1" in found
+
+
+def test_bad_input(tmp_path):
+    path = write(tmp_path / "notes.csv")
+    with pytest.raises(UserError, match="is for texts with one code"):
+        run(tmp_path / "out", path, "method.name=oversampling")
+    with pytest.raises(UserError, match="give one of them"):
+        run(tmp_path / "out", path, "data.source=mesh_pubmed")
+    with pytest.raises(UserError, match=r"data.batch=512 is more than the 96 training texts"):
+        run(tmp_path / "out", path, "data.batch=512")
+    with pytest.raises(UserError, match="no model named 'cnm'"):
+        run(tmp_path / "out", path, "encoder.name=cnm")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("override, message", [
+    ("method.gamma=2", "method.gamma=2"), ("method.name=best", "method.name"), ("encoder.frozen=-1", "encoder.frozen"),
+    ("epochs=0", "epochs=0"), ("loop.style=pmap", "loop.style=pmap"),
+])
+def test_bad_values(override, message):
+    with pytest.raises(UserError, match=message):
+        resolve("text2tree", [override])

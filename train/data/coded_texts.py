@@ -1,0 +1,342 @@
+"""Named sources of texts with codes of a label tree (text2tree.md section 12).
+
+* ``mesh_pubmed``: 2,600 PubMed abstracts, 100 MeSH labels of the second level, 8.5 a text (multi-label);
+* ``codiesp``, ``codiesp:es``: clinical cases, English or Spanish, ICD-10-CM categories (multi-label);
+* ``icd_phrases``: descriptions of ICD-10-CM codes to train on, inclusion terms to test on, 1,918 categories
+  (multi-class);
+* ``path:FILE``: your own CSV, a text and its codes in each row.
+
+What is wrong with a row is counted or listed, never silent. Classes that too few training texts have are left out after
+splitting, by counts of the training part alone; texts that are left without a class stay, and are counted.
+"""
+
+import collections
+import csv
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.errors import UserError
+from jaxmodels.text2tree.tree import LabelTree
+from train.data.locate import Source, read
+from train.data.text import decode
+from train.runtime.config import did_you_mean
+
+SPLITS = ("train", "dev", "test")
+TREE_FILE, MESH_LABELS = "icd10cm_2026_tree.tsv.gz", "text2tree_top100_labels.json"
+_SEPARATORS = re.compile(r"[;|,\s]+")
+_SHARES = (("train", 64), ("dev", 16), ("test", 20))  # of a user's texts, in percent (spec section 8)
+_SHOWN = 5  # rows that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One text and its codes, as the source has them."""
+
+    name: str
+    text: str = dataclasses.field(repr=False)
+    codes: tuple[str, ...]
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One split: texts, and labels bool[n, K] (multi-label) or int32[n]."""
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...] = dataclasses.field(repr=False)
+    labels: np.ndarray = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedTexts:
+    """parts: of each split. tree: its classes are the columns of labels. counts: of what was changed or left out."""
+
+    parts: dict[str, Part]
+    tree: LabelTree
+    multi_label: bool
+    counts: dict[str, int]
+
+    @property
+    def train_counts(self) -> np.ndarray:
+        """Training texts of each class, int64[K]."""
+        labels = self.parts["train"].labels
+        return labels.sum(0) if self.multi_label else np.bincount(labels, minlength=self.tree.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of a CSV. split: with train, dev and test; none: by a hash of the text, 64, 16 and 20 %."""
+
+    text: str = "text"
+    labels: str = "labels"
+    split: str | None = None
+
+
+def coded_texts(name: str, *, floor: int = 1, columns: Columns = Columns(), tree: str = "codes",
+                limit: int | None = None) -> CodedTexts:
+    """The texts, labels and tree of a source.
+
+    Args:
+      name: one of the list above.
+      floor: training texts that a class needs.
+      columns, tree: of ``path:FILE`` only. tree: ``codes`` (what their spelling says), ``icd10cm`` (the whole tree, in
+        which codes must exist), or the path of a tab-separated table of code and parent.
+      limit: texts of each part that are read at most, for trying things out.
+    Raises UserError for an unknown name, a source that is not here (saying where to get it), a damaged file, missing
+    columns, no usable row, and codes that the tree lacks (listed with counts and the nearest valid code).
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "path" and rest:
+        rows, counts, whole = _read_csv(Path(rest).expanduser(), columns, tree)
+    elif kind in SOURCES:
+        source = SOURCES[kind]
+        rows, counts, whole = read(source, source.name if kind == "codiesp" else name)(rest)
+    else:
+        raise UserError(f"unknown source of coded texts {name!r}; {did_you_mean(kind, [*SOURCES, 'path:FILE'])}")
+    parts = {split: [row for row in rows if row.split == split][:limit] for split in SPLITS}
+    if empty := [split for split in SPLITS if not parts[split]]:
+        raise UserError(f"{name} has no {empty[0]} texts; give some to every one of {', '.join(SPLITS)}")
+    multi = any(len(row.codes) != 1 for row in rows)
+    return _labelled(parts, whole, multi, floor, collections.Counter(counts), name)
+
+
+def _labelled(parts: Mapping[str, list[Text]], whole: Callable[[Sequence[str]], LabelTree], multi: bool, floor: int,
+              counts: collections.Counter, name: str) -> CodedTexts:
+    seen = collections.Counter(code for row in parts["train"] for code in set(row.codes))
+    classes = sorted(code for code, count in seen.items() if count >= floor)
+    if len(classes) < 2:
+        raise UserError(f"{name} has {len(classes)} codes with {floor} training texts or more; lower data.floor")
+    tree = whole(classes)
+    index = {code: k for k, code in enumerate(tree.classes)}
+    every = {code for rows in parts.values() for row in rows for code in row.codes}
+    counts |= {"classes": len(classes), "classes_left_out": len(every - set(index)),
+               "codes_without_training_text": len(every - set(seen))}
+    _count_duplicates(parts, counts)
+    out = {}
+    for split, rows in parts.items():
+        if not multi:  # a text of a class that is left out has no place in a softmax
+            kept = [row for row in rows if row.codes[0] in index]
+            counts[f"{split}_left_out"] = len(rows) - len(kept)
+            labels = np.array([index[row.codes[0]] for row in kept], np.int32)
+            rows = kept
+        else:
+            labels = np.zeros((len(rows), len(classes)), bool)
+            for i, row in enumerate(rows):
+                labels[i, [index[code] for code in row.codes if code in index]] = True
+            counts[f"{split}_without_label"] = int((~labels.any(1)).sum())
+        counts[f"{split}_texts"] = len(rows)
+        out[split] = Part(tuple(row.name for row in rows), tuple(row.text for row in rows), labels)
+    return CodedTexts(out, tree, multi, dict(counts))
+
+
+def _count_duplicates(parts: Mapping[str, list[Text]], counts: collections.Counter) -> None:
+    train = {_plain(row.text) for row in parts["train"]}
+    for split in SPLITS[1:]:
+        counts[f"{split}_also_in_train"] = sum(_plain(row.text) in train for row in parts[split])
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def hashed(text: str, shares: Sequence[tuple[str, int]]) -> str:
+    """A split by the text itself, so that equal texts are never in two; shares in percent."""
+    place = int(hashlib.md5(_plain(text).encode(), usedforsecurity=False).hexdigest(), 16) % 100
+    for split, share in shares:
+        if place < share:
+            return split
+        place -= share
+    return shares[-1][0]
+
+
+# Readers: (path, name, license) -> a function of what follows the colon -> (rows, counts, classes -> tree)
+
+Read = tuple[list[Text], dict[str, int], Callable[[Sequence[str]], LabelTree]]
+
+
+def _read_mesh(path: Path, name: str, license: str) -> Callable[[str], Read]:
+    def rows_of(rest: str) -> Read:
+        labels = json.loads(_text_of(_one(path, MESH_LABELS, name)))
+        names = {leaf["id"]: leaf["name"] for leaf in labels["leaves"]}
+        rows, left = [], 0
+        for row in _json_lines(_one(path, "pubmed_mesh_2600.jsonl.gz", name)):
+            every = {".".join(number.split(".")[:2]) for numbers in row["mesh_ids"] for number in numbers}
+            left += len(every - names.keys())
+            rows.append(Text(row["pmid"], row["abstract"], tuple(sorted(every & names.keys())), row["split"]))
+        described = names | {code: word for code, word in labels["ancestors"].items() if word}
+        return rows, {"codes_outside_the_task": left}, lambda classes: LabelTree.from_codes(classes, described)
+
+    return rows_of
+
+
+def _read_codiesp(path: Path, name: str, license: str) -> Callable[[str], Read]:
+    def rows_of(rest: str) -> Read:
+        language = rest or "en"
+        if language not in ("en", "es"):
+            raise UserError(f"{name}:{language}: the cases are in en and es; choose one")
+        rows = []
+        for row in _json_lines(_one(path, "codiesp.jsonl.gz", name)):
+            # the official development part is tested on: the official test part has no public codes
+            split = "test" if row["split"] == "dev" else hashed(row["text_en"], (("dev", 10), ("train", 90)))
+            codes = tuple(sorted({code.partition(".")[0] for code in row["codes_d"]}))
+            rows.append(Text(row["id"], row[f"text_{language}"], codes, split))
+        return rows, {}, _icd10cm
+
+    return rows_of
+
+
+def _read_phrases(path: Path, name: str, license: str) -> Callable[[str], Read]:
+    def rows_of(rest: str) -> Read:
+        tree = _tree_rows(_one(path, TREE_FILE, name))
+        level, parent = ({row["code"]: row[key] for row in tree} for key in ("level", "parent"))
+        rows, sizes = [], collections.Counter()
+
+        def category(code: str) -> str | None:
+            while code in level and level[code] != "category":
+                code = parent[code]
+            return code if code in level else None
+
+        for row in tree:
+            if (code := category(row["code"])) is None:
+                continue
+            sizes[code] += 1
+            # of a category's descriptions the first, its own, is always trained on
+            split = "train" if sizes[code] == 1 else hashed(row["description"], (("dev", 5), ("train", 95)))
+            rows.append(Text(row["code"], row["description"], (code,), split))
+            terms = [term.strip() for term in (row["inclusion_terms"] or "").split(" | ") if term.strip()]
+            rows += [Text(f"{row['code']} {i}", term, (code,), "test") for i, term in enumerate(terms)]
+        return rows, {}, _icd10cm
+
+    return rows_of
+
+
+SOURCES = {
+    "mesh_pubmed": Source("mesh_pubmed", "CC0-1.0 (abstracts), NLM terms (MeSH), MIT (labels)",
+                          "the recipe of docs/text2tree.md (abstracts, MeSH tree and label list)", _read_mesh),
+    "codiesp": Source("icd10_codiesp", "CC BY 4.0",
+                      "https://github.com/guilopgar/CLEF-2020-CodiEsp (docs/text2tree.md: as one file)", _read_codiesp),
+    "icd_phrases": Source("icd10cm_tree", "US public domain (CDC/NCHS)",
+                          "simple-icd-10-cm's table (docs/text2tree.md: as one file)", _read_phrases),
+}
+
+
+# A user's own
+
+
+def _read_csv(path: Path, columns: Columns, tree: str) -> Read:
+    counts: collections.Counter = collections.Counter()
+    rows, whole = [], _named_tree(tree)
+    for line, row in _csv_rows(path, [c for c in dataclasses.astuple(columns) if c], counts):
+        text = row[columns.text].strip()
+        counts["rows"] += 1
+        if not text:
+            counts["empty_texts"] += 1
+            continue
+        codes = tuple(dict.fromkeys(code for code in _SEPARATORS.split(row[columns.labels].strip()) if code))
+        split = row[columns.split].strip() if columns.split else hashed(text, _SHARES)
+        if split not in SPLITS:
+            raise UserError(f"{path}: line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
+        rows.append(Text(str(line), text, codes, split))
+    if not rows:
+        raise UserError(f"{path} has no row with a text; one text and its codes in each row are needed")
+    every = collections.Counter(code for row in rows for code in row.codes)
+    if not every:
+        raise UserError(f"{path}: column {columns.labels!r} holds no code; several are separated by ; , | or spaces")
+    whole(sorted(every))  # wrong codes are told of now, those of rare classes too
+    return rows, dict(counts), whole
+
+
+def _named_tree(name: str) -> Callable[[Sequence[str]], LabelTree]:
+    if name == "codes":
+        return LabelTree.from_codes
+    if name == "icd10cm":
+        return _icd10cm
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.tree={name} is not codes, icd10cm or the path of a table with the columns code, parent")
+    whole = LabelTree.from_tsv(path)
+    return lambda classes: whole.restrict(classes)
+
+
+def _icd10cm(classes: Sequence[str]) -> LabelTree:
+    """The part of the whole ICD-10-CM tree that some codes span."""
+    return _whole_icd10cm().restrict(classes)
+
+
+@functools.cache
+def _whole_icd10cm() -> LabelTree:
+    source = SOURCES["icd_phrases"]
+    name = source.name
+    found = dataclasses.replace(source, read=lambda path, *_: LabelTree.from_tsv(_one(path, TREE_FILE, name)))
+    return read(found, name)
+
+
+def _csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter) -> Iterator[tuple[int, dict[str, str]]]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a CSV file") from None
+    text, replaced = decode(raw)
+    counts["invalid_utf8"] = replaced
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for column in columns:
+        if column not in (reader.fieldnames or ()):
+            raise UserError(f"{path} has no column {column!r}; it has {', '.join(reader.fieldnames or ['none'])}: name "
+                            "them with data.text, data.labels and data.split")
+    columns, short = list(columns), []
+    for row in reader:
+        if any(row[column] is None for column in columns):
+            short.append(reader.line_num)
+            continue
+        yield reader.line_num, row
+    if short:
+        raise UserError(f"{path}: {len(short)} rows have too few columns, lines {', '.join(map(str, short[:_SHOWN]))}"
+                        f"{' ...' if len(short) > _SHOWN else ''}; quote texts with commas or line breaks")
+
+
+# Files
+
+
+def _one(path: Path, file: str, name: str) -> Path:
+    found = path / file if path.is_dir() else path.parent / file
+    if not found.is_file():
+        raise UserError(f"{name}: {found} is missing; put {file} there")
+    return found
+
+
+def _text_of(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); fetch it again") from error
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not JSON; fetch the file again") from None
+
+
+def _tree_rows(path: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(io.StringIO(_text_of(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
+    if not rows or "inclusion_terms" not in rows[0]:
+        raise UserError(f"{path} has no rows with inclusion terms; fetch it again")
+    return rows

@@ -1,0 +1,271 @@
+"""Classification of texts along a label tree: Text2Tree, or one of the methods it is compared with.
+
+When to stop and at which threshold a label is given is chosen on the development part; the test part is read once, at
+the end. Beside the model stands TF-IDF with logistic regression on the same texts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxmodels.errors import UserError
+from jaxmodels.text2tree import baselines
+from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig, is_label, predictions
+from jaxmodels.text2tree.hlr import label_rows
+from train import experiment, text_floors, text_metrics
+from train.data import records
+from train.data.coded_texts import CodedTexts, Columns, coded_texts
+from train.objectives.coded_texts import OVER_NODES, CodedTextsObjective, loss_config
+from train.optimizers import make_optimizer, make_schedule, scaled
+from train.runtime import loop
+from train.runtime.mesh import check_batch, make_mesh
+from train.runtime.run_folder import RunFolder
+from train.runtime.state import Blueprint, State, blueprint
+from train.runtime.step import TrainStep
+from train.text2tree_config import METHODS, OURS, Text2TreeRun
+from train.text_reader import Reader, make_reader
+
+SPLITS = ("train", "dev", "test")
+CHOSEN_BY = "dev_macro_f1"
+DROPPED = 0.2  # share of the steps at the end in which ldam_drw weighs classes
+
+
+def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
+    """Trains or finishes one classifier in a run folder."""
+    if folder.results().get("finished"):
+        return
+    mesh = make_mesh(cfg.mesh)
+    check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
+    source = read(cfg)
+    reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir)
+    folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
+    named = [source.tree.name_of(int(node)) for node in source.tree.leaf_index]
+    folder.save_npz("classes", codes=np.array(source.tree.classes), names=np.array(named))
+    data = prepare_data(cfg, folder, source, reader)
+    model, best = train(cfg, folder, source, reader, data, mesh)
+    if jax.process_index() == 0:
+        folder.write_results(numbers(cfg, folder, source, data, model) | {"chosen_step": best, "finished": True})
+
+
+def read(cfg: Text2TreeRun) -> CodedTexts:
+    """The texts. Raises UserError for a method that the kind of labels does not allow."""
+    data = cfg.data
+    source = coded_texts(data.name, floor=data.floor, columns=Columns(data.text, data.labels, data.split),
+                         tree=data.tree, limit=data.limit)
+    multi = {"oversampling": False, "db": True}.get(cfg.method.name, source.multi_label)
+    if multi != source.multi_label:
+        raise UserError(f"method.name={cfg.method.name} is for texts with {'several codes' if multi else 'one code'}, "
+                        f"which those of {data.name} are not; choose another of {', '.join(METHODS)}")
+    if len(source.parts["train"]) < data.batch:
+        raise UserError(f"data.batch={data.batch} is more than the {len(source.parts['train'])} training texts; lower "
+                        "it")
+    return source
+
+
+def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader) -> Path:
+    """Inputs and labels of every part, in a ``data-*`` folder of the run (or its sweep); frozen layers run once."""
+    about = {"data": dataclasses.asdict(cfg.data), "encoder": cfg.encoder.name, "frozen": cfg.encoder.frozen,
+             "words": cfg.encoder.words, "seed": cfg.seed if cfg.encoder.name == "cnn" else None}
+
+    def prepare(data: Path) -> None:
+        splits = {}
+        kind = np.float32 if source.multi_label else np.int32
+        texts = sum((source.parts[split].texts for split in SPLITS), ())  # together: one width for all parts
+        with folder.progress(1, "reading texts") as advance:
+            inputs = reader.inputs(texts, cfg.data.length, folder.check_stop)
+            advance()
+        ends = np.cumsum([len(source.parts[split]) for split in SPLITS])
+        for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False):
+            rows = {name: array[start:end] for name, array in inputs.items()}
+            splits[split] = rows | {"labels": source.parts[split].labels.astype(kind)}
+        records.prepare(data, splits)
+
+    return experiment.prepared(folder, about, prepare)
+
+
+class Repeated:
+    """Records in another order, some of them several times."""
+
+    def __init__(self, source: records.Records, index: np.ndarray):
+        self.source, self.index, self.files = source, index, source.files
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.source[int(self.index[i])]
+
+
+# Model and training
+
+
+def build(cfg: Text2TreeRun, source: CodedTexts, reader: Reader) -> Text2Tree:
+    """The model before training."""
+    method, tree = cfg.method, source.tree
+    ours = method.name in OURS
+    rows = None
+    if ours and method.start != "random":
+        whole = reader.lower if reader.lower is not None else getattr(reader.encoder, "bert", reader.encoder)
+        pieces = [reader.tokenizer.encode(tree.name_of(node), special=False) for node in range(len(tree))]
+        mask = reader.tokenizer.inner.token_to_id("[MASK]")
+        rows = label_rows(tree, pieces, whole.embed[...], mask)
+    outputs = len(tree) - 1 if method.name in OVER_NODES else tree.num_classes
+    # trained in place: a copy, so that a second model of the same reader begins alike
+    encoder = nnx.clone(reader.encoder)
+    model = Text2Tree(encoder, outputs, Text2TreeConfig(loss_config(method), start=method.start),
+                      tree=tree if ours else None, pooler=reader.pooler, label_rows=rows, rngs=nnx.Rngs(cfg.seed))
+    if method.name == "ldam_drw":
+        model.taken = nnx.Variable(jnp.zeros((), jnp.int32))  # steps, see the objective
+    return model
+
+
+def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, data: Path, mesh: Any
+          ) -> tuple[Text2Tree, int]:
+    """(the model of the best macro-F1 on the development part, the step of it)."""
+    part = records.open_records(data, "train")
+    labels = source.parts["train"].labels
+    rows: Any = part
+    if cfg.method.name == "oversampling":
+        rows = Repeated(part, baselines.oversample(labels, cfg.seed))
+    epoch = len(rows) // cfg.data.batch
+    cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
+    start = build(cfg, source, reader)
+    optimizer, schedule = make_tuner(cfg)
+    plan = blueprint(lambda key: start, optimizer, mesh, seed=cfg.seed)
+    objective = CodedTextsObjective(cfg.method, tuple(source.train_counts.tolist()), len(labels), source.tree,
+                                    round((1 - DROPPED) * cfg.loop.steps))
+    step = TrainStep(plan.graphdef, objective, optimizer, cfg.loop.accumulate, schedule)
+    batches = experiment.batches_of(cfg, rows, f"{cfg.data.name}/train")
+    example = {name: jax.ShapeDtypeStruct((cfg.data.batch, *array.shape), array.dtype)
+               for name, array in part[0].items()}
+    best = Best(cfg, folder, plan, source, data)
+    tokens = cfg.data.batch * example["mask"].shape[1]
+    task = loop.Task(plan, step, batches, example, tokens, 0.0, best.evaluate, best.over)
+    trained = experiment.train(cfg, folder, task, mesh)
+    step_of = max(best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
+    folder.write_results(experiment.run_numbers(trained, trained.state["params"], tokens, 0.0)
+                         | {"epochs": trained.step / epoch, "method": cfg.method.name})
+    return restored(start, folder), step_of
+
+
+def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
+    """(optimizer, schedule of the head's rate): the encoder and the label states move at shares of it (section 4.5)."""
+    optimizer, schedule = make_optimizer(cfg.optimizer, cfg.loop.steps), make_schedule(cfg.optimizer, cfg.loop.steps)
+
+    def scales(params: Any) -> Any:
+        def scale(path: Any, leaf: Any) -> jax.Array:
+            first = str(getattr(path[0], "key", path[0]))
+            rate = cfg.method.labels_rate if is_label(path) else cfg.encoder.trunk if first == "encoder" else 1.0
+            return jnp.float32(rate)
+
+        return jax.tree_util.tree_map_with_path(scale, params)
+
+    return scaled(optimizer, scales), schedule
+
+
+class Best:
+    """Evaluates on the development part, keeps the best model in ``model.npz`` and says when to stop."""
+
+    def __init__(self, cfg: Text2TreeRun, folder: RunFolder, plan: Blueprint, source: CodedTexts, data: Path):
+        self.cfg, self.folder, self.plan, self.source = cfg, folder, plan, source
+        self.inputs = loaded(data, "dev")
+        self.scores = {line["step"]: line[CHOSEN_BY] for line in folder.metrics() if CHOSEN_BY in line}
+
+    def evaluate(self, state: State, check: Callable[[], None]) -> dict[str, float]:
+        step = int(jax.device_get(state["step"]))
+        model = nnx.merge(self.plan.graphdef, jax.tree.map(jnp.asarray, nnx.state(
+            experiment.model_on_host(self.plan, state))))
+        found = scores_of(model, self.source, self.inputs, check)
+        labels = self.source.parts["dev"].labels
+        if self.source.multi_label:
+            threshold = text_metrics.tuned_threshold(labels, found)
+            said = found >= threshold
+        else:
+            threshold, said = float("nan"), text_metrics.one_hot(found.argmax(1), found.shape[1])
+            labels = text_metrics.one_hot(labels, found.shape[1])
+        macro = float(text_metrics.f1(text_metrics.counts(labels, said))["macro_f1"])
+        self.scores = {at: score for at, score in self.scores.items() if at < step}
+        if macro > max(self.scores.values(), default=-1.0) and jax.process_index() == 0:
+            arrays = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.for_inference())))
+            self.folder.save_npz("model", **{path_name(path): np.asarray(leaf) for path, leaf in arrays})
+        self.scores[step] = macro
+        return {CHOSEN_BY: macro} | ({"dev_threshold": threshold} if self.source.multi_label else {})
+
+    def over(self, step: int) -> bool:
+        """Whether `patience` evaluations up to `step` brought nothing better."""
+        known = {at: score for at, score in self.scores.items() if at <= step}
+        if not known:
+            return False
+        best = max(known, key=lambda at: (known[at], -at))
+        return sum(at > best for at in known) >= self.cfg.patience
+
+
+def path_name(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def restored(start: Text2Tree, folder: RunFolder) -> Text2Tree:
+    """`start` with the arrays of ``model.npz`` and without label states."""
+    arrays = folder.load_npz("model")
+    if arrays is None:
+        raise UserError(f"{folder.path('model.npz')} is missing or damaged; remove {folder.dir} and train again")
+    model = start.for_inference()
+    graphdef, state = nnx.split(model)
+    filled = jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(arrays[path_name(path)]),
+                                              nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, filled)
+    return nnx.merge(graphdef, state)
+
+
+# Scores
+
+
+def loaded(data: Path, split: str) -> dict[str, np.ndarray]:
+    """A part's inputs and labels, in memory."""
+    part = records.open_records(data, split)
+    rows = [part[i] for i in range(len(part))]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def scores_of(model: Text2Tree, source: CodedTexts, inputs: dict[str, np.ndarray],
+              check: Callable[[], None] = lambda: None, batch: int = 64) -> np.ndarray:
+    """Scores in [0, 1] of every class, float32[n, K]."""
+    out, count = [], len(inputs["mask"])
+    for start in range(0, count, batch):
+        check()
+        here = np.resize(np.arange(start, min(start + batch, count)), batch)  # one shape
+        logits = np.asarray(model(inputs["tokens"][here], inputs["mask"][here])[0])[:min(batch, count - start)]
+        if logits.shape[1] != source.tree.num_classes:  # a head over all nodes but the root
+            logits = logits[:, source.tree.leaf_index - 1]
+        out.append(predictions(logits, source.multi_label))
+    return np.concatenate(out)
+
+
+def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path, model: Text2Tree) -> dict[str, Any]:
+    """``test.METHOD.METRIC`` of the model and of TF-IDF; what the comparison of runs needs lies in predictions.npz."""
+    found = {split: scores_of(model, source, loaded(data, split), folder.check_stop) for split in ("dev", "test")}
+    tfidf = text_floors.tfidf(source)
+    results, saved = {}, {"labels": source.parts["test"].labels}
+    for name, scores in (("model", found), ("tfidf", tfidf)):
+        threshold = text_metrics.tuned_threshold(source.parts["dev"].labels, scores["dev"]) \
+            if source.multi_label else None
+        table = text_table(source, scores["test"], threshold)
+        results |= {f"test.{name}.{key}": value for key, value in table.items()}
+        saved[f"{name}_said"] = scores["test"] >= threshold if source.multi_label else scores["test"].argmax(1)
+    folder.save_npz("predictions", **saved, scores=found["test"].astype(np.float16), counts=source.train_counts)
+    return results
+
+
+def text_table(source: CodedTexts, scores: np.ndarray, threshold: float | None) -> dict[str, float]:
+    """Every metric of one method on the test part."""
+    tree, truth = source.tree, source.parts["test"].labels
+    if source.multi_label:
+        return text_metrics.multi_label(truth, scores, threshold, source.train_counts, tree.ancestors())
+    return text_metrics.multi_class(truth, scores.argmax(1), source.train_counts, tree.paths, tree.ancestors())

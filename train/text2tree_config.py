@@ -1,0 +1,125 @@
+"""What text classification can be told. ``jaxmodels run text2tree --help`` lists it; configs/ holds the presets."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from jaxmodels.errors import UserError
+from train.protein_config import operational
+from train.settings import LoopConfig, MeshConfig, OptimizerConfig
+
+Method = Literal["text2tree", "ssl", "dml", "gdml", "plain", "reweight", "reweight_official", "class_balanced",
+                 "oversampling", "focal", "db", "ldam_drw", "logit_adjustment", "mixup", "supcon", "selfcon",
+                 "recursive", "htc"]
+METHODS: tuple[str, ...] = get_args(Method)
+OURS = {"text2tree": "full", "ssl": "ssl", "dml": "dml", "gdml": "gdml"}  # names of `jaxmodels.text2tree.losses`
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDataConfig:
+    """What is read."""
+
+    path: str | None = None  # a CSV of your own
+    source: str | None = None  # without one: mesh_pubmed, codiesp, codiesp:es or icd_phrases
+    text: str = "text"  # its column of texts
+    labels: str = "labels"  # of codes; several in one cell are separated by ; , | or spaces
+    split: str | None = None  # of train, dev and test; none: by a hash of the text, 64, 16 and 20 %
+    tree: str = "codes"  # above the codes of a CSV: codes (their spelling), icd10cm, or a table of code and parent
+    floor: int = 1  # training texts that a class needs
+    length: int = 128  # tokens of a text at most; of longer ones the beginning
+    batch: int = 64  # texts of a step, over all devices
+    limit: int | None = None  # texts of each part that are read at most, for trying things out
+
+    def __post_init__(self):
+        for name, low in (("floor", 1), ("length", 8), ("batch", 2)):
+            if getattr(self, name) < low:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least {low}")
+        if self.limit is not None and self.limit < self.batch:
+            raise UserError(f"data.limit={self.limit} must be at least data.batch={self.batch}, or none for all")
+
+    @property
+    def name(self) -> str:
+        """As `train.data.coded_texts` takes it."""
+        if bool(self.path) == bool(self.source):
+            raise UserError(f"data.path={self.path} and data.source={self.source}: give one of them, a CSV file or "
+                            "mesh_pubmed, codiesp, icd_phrases")
+        return f"path:{self.path}" if self.path else str(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """What reads the texts."""
+
+    name: str = "all-minilm-l6-v2"  # a BERT-like model (folder, name); cnn: from random weights
+    pool: Literal["cls", "mean"] = "mean"  # what stands for a text; MiniLM was trained to mean over tokens
+    frozen: int = 4  # lower layers that do not move; their states are stored on disk. 0: all layers are trained
+    trunk: float = 1.0  # rate of the encoder, as a share of the head's
+    filters: int = 100  # of each width of the cnn
+    words: int = 8000  # pieces of the cnn, learned from the training texts
+
+    def __post_init__(self):
+        for name, low in (("frozen", 0), ("filters", 1), ("words", 300)):
+            if getattr(self, name) < low:
+                raise UserError(f"encoder.{name}={getattr(self, name)} must be at least {low}")
+        if not self.trunk >= 0:
+            raise UserError(f"encoder.trunk={self.trunk} must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """How the classes are learned; see text2tree.md sections 5 to 7 and 10."""
+
+    name: Method = "text2tree"
+    gamma: float = 0.01  # weight of the contrastive loss: text2tree, ssl, gdml, supcon, selfcon
+    tau: float = 1.0  # its temperature
+    sim_temperature: float = 1.0  # of the softmax over label similarities
+    include_self: bool = False  # a text among its own positives, as in the released code
+    diag_weight: float = 1.0  # of un-mixed pairs
+    start: Literal["random", "label", "fixed"] = "random"  # of the node table
+    labels_rate: float = 0.1  # rate of the label states, as a share of the head's
+    beta: float = 0.999  # class_balanced
+    focal_gamma: float = 2.0
+    focal_alpha: float = 0.25
+    mixup_alpha: float = 0.5
+    strength: float = 1e-6  # recursive
+
+    def __post_init__(self):
+        if not 0 <= self.beta < 1:
+            raise UserError(f"method.beta={self.beta} must be at least 0 and below 1")
+        for name in ("mixup_alpha", "tau", "sim_temperature", "diag_weight"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"method.{name}={getattr(self, name)} must be above 0")
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"method.gamma={self.gamma} must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text2TreeRun:
+    """Everything about one classifier of texts."""
+
+    data: TextDataConfig = TextDataConfig()
+    encoder: TextEncoderConfig = TextEncoderConfig()
+    method: MethodConfig = MethodConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, schedule="constant", beta2=0.999, weight_decay=0.0)
+    epochs: int = 30  # at most
+    patience: int = 5  # epochs without a better macro-F1 on the development part that end the training
+    bootstrap: int = 2000  # draws behind every interval
+    mesh: MeshConfig = MeshConfig()
+    loop: LoopConfig = LoopConfig(steps=1, evaluate_every=1, save_every=100)  # steps: made of the epochs
+    seed: int = 0
+    entry: str = "train.text2tree:run"
+    report: str = "analysis.text2tree_report:build"
+
+    def __post_init__(self):
+        for name in ("epochs", "patience", "bootstrap"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.loop.style == "pmap":
+            raise UserError("loop.style=pmap is for old scripts; text2tree runs with auto or per_device")
+        if self.loop.style == "per_device" and self.method.name not in ("plain", "focal", "reweight"):
+            raise UserError(f"loop.style=per_device cuts a batch into devices, and method.name={self.method.name} "
+                            "compares the texts of a whole one; take loop.style=auto")
+
+    @property
+    def operational(self) -> tuple[str, ...]:
+        """Keys with which a run may be continued in its folder: they change how it runs, not what it computes."""
+        return operational(self.loop)

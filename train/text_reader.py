@@ -1,0 +1,102 @@
+"""Texts to tokens, and to the states of layers that do not move, for `train.text2tree`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxmodels.errors import UserError
+from jaxmodels.hub.resolve import resolve
+from jaxmodels.hub.tokenizer import Tokenizer, load_tokenizer
+from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder, batch_of, pretrained
+from train.runtime.files import write_atomic
+from train.text2tree_config import TextEncoderConfig
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+STORED = np.float16  # of states on disk: half the bytes, and what reads them is trained on just these
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """tokenizer; encoder: what is trained; pooler: a checkpoint's, or None; lower: the frozen layers, or None."""
+
+    tokenizer: Tokenizer
+    encoder: nnx.Module
+    pooler: tuple[Any, Any] | None
+    lower: nnx.Module | None
+
+    def tokens(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(int32[n, T], bool[n, T]), T at most length."""
+        rows = self.tokenizer.encode_batch(texts)
+        return batch_of(rows, min(length, max(map(len, rows), default=1)))
+
+    def inputs(self, texts: Sequence[str], length: int, check: Callable[[], None] = lambda: None
+               ) -> dict[str, np.ndarray]:
+        """What the trained part reads: tokens int32[n, T], or states float16[n, T, D]; and mask bool[n, T]."""
+        tokens, mask = self.tokens(texts, length)
+        if self.lower is None:
+            return {"tokens": tokens, "mask": mask}
+        graphdef, state = nnx.split(self.lower)
+        states = np.zeros((*tokens.shape, self.lower.cfg.d_model), STORED)
+        order = np.argsort(mask.sum(1), kind="stable")  # batches of like length, that little is spent on padding
+        for start in range(0, len(order), BATCH):
+            check()
+            here = order[start:start + BATCH]
+            here = np.resize(here, BATCH)  # one shape for each length; what is there twice is written twice
+            width = min(-(-int(mask[here].sum(1).max()) // 16) * 16, tokens.shape[1])
+            states[here, :width] = _hidden(graphdef, state, tokens[here, :width], mask[here, :width])
+        states[~mask] = 0
+        return {"tokens": states, "mask": mask}
+
+
+def make_reader(cfg: TextEncoderConfig, texts: Sequence[str], seed: int, folder: Path) -> Reader:
+    """texts: those to learn pieces from, where no checkpoint brings its own; they are kept in ``folder``.
+
+    Raises UserError for a model that is not here or is no BERT-like encoder, and for too many frozen layers.
+    """
+    if cfg.name == "cnn":
+        if not (folder / "tokenizer.json").exists():
+            for name, text in learned(texts, cfg.words).files().items():
+                write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
+        tokenizer = load_tokenizer(folder)
+        options = CnnConfig(tokenizer.vocab_size, filters=cfg.filters, pad_id=0)
+        return Reader(tokenizer, CnnEncoder(options, rngs=nnx.Rngs(seed)), None, None)
+    tokenizer = load_tokenizer(resolve(cfg.name))
+    whole, pooler = pretrained(cfg.name, cfg.pool, seed)
+    if not cfg.frozen:
+        return Reader(tokenizer, whole, pooler, None)
+    if cfg.frozen >= whole.bert.cfg.num_layers:
+        raise UserError(f"encoder.frozen={cfg.frozen} must be below the {whole.bert.cfg.num_layers} layers of "
+                        f"{cfg.name}")
+    lower, upper = whole.split(cfg.frozen)
+    return Reader(tokenizer, upper, pooler, lower)
+
+
+def learned(texts: Sequence[str], words: int) -> Tokenizer:
+    """Lower-cased byte-level pieces (Radford et al. 2019) learned from texts, with BERT's special tokens.
+
+    Not word pieces: those that `tokenizers` learns from the same texts differ from one time to the next.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=words, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    cls, sep = inner.token_to_id("[CLS]"), inner.token_to_id("[SEP]")
+    inner.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    return Tokenizer(inner, cls, sep, inner.token_to_id("[PAD]"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graphdef: Any, state: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state).forward(tokens, mask, output="hidden")[0]
