@@ -116,7 +116,7 @@ def test_rows_of_names():
         HlrConfig(2, attention="full")
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("sparse", marks=pytest.mark.long)])
 def test_taps(attention):
     model = labels(attention)
     plain = model()[0]

@@ -28,6 +28,7 @@ K, V = 5, 120
 ROWS = [[1, *range(10, 25), 2], [1, 30, 31, 2], [1, 40, 41, 42, 43, 2], [1, 2]]
 TOKENS, MASK = batch_of(ROWS)
 KEY = jax.random.key(0)
+LONG = pytest.mark.long
 
 
 def encoder(kind: str, seed: int = 0):
@@ -42,18 +43,15 @@ def model(kind="cnn", **options) -> Text2Tree:
     return Text2Tree(encoder(kind), K, cfg, tree=TREE, rngs=nnx.Rngs(1))
 
 
-@pytest.mark.parametrize("kind", ["cls", "mean", "cnn"])
+@pytest.mark.parametrize("kind", ["mean", "cnn", pytest.param("cls", marks=pytest.mark.long)])
 def test_longer_padding_changes_nothing(kind):
     one = encoder(kind)
-    h, aux = one(jnp.asarray(TOKENS), jnp.asarray(MASK))
-    assert h.shape == (4, one.width) and h.dtype == jnp.float32 and aux == {}
-    more = [jnp.asarray(np.pad(a, ((0, 0), (0, 9)))) for a in (TOKENS, MASK)]
-    assert np.allclose(one(*more)[0], h, atol=1e-5)
-    # A text alone, and nothing at all.
-    alone = one(jnp.asarray(TOKENS[1:2, :4]), jnp.asarray(MASK[1:2, :4]))[0]
-    assert np.allclose(alone[0], h[1], atol=1e-5)
-    empty = one(jnp.zeros((1, 5), jnp.int32), jnp.zeros((1, 5), bool))[0]
-    assert np.isfinite(empty).all() and (kind == "cls" or not np.asarray(empty).any())
+    run = jax.jit(lambda tokens, mask: one(tokens, mask)[0])
+    h = run(TOKENS, MASK)
+    assert h.shape == (4, one.width) and h.dtype == jnp.float32
+    assert np.allclose(run(*(np.pad(a, ((0, 0), (0, 9))) for a in (TOKENS, MASK))), h, atol=1e-5)
+    nothing = np.asarray(run(np.zeros_like(TOKENS), np.zeros_like(MASK)))
+    assert np.isfinite(nothing).all() and (kind == "cls" or not nothing.any())
 
 
 def test_convolutions_by_hand():
@@ -99,7 +97,7 @@ def test_rows_and_chunks():
 
 @pytest.mark.parametrize("labels", [jnp.array([0, 4, 2, 1]), jnp.asarray(np.eye(5, dtype=np.float32)[[0, 4, 2, 1]])],
                          ids=["multi_class", "multi_label"])
-@pytest.mark.parametrize("method", ["full", "ssl", "gdml", "plain"])
+@pytest.mark.parametrize("method", ["full", *(pytest.param(m, marks=LONG) for m in ("ssl", "gdml", "plain"))])
 def test_training_lowers_the_loss(method, labels):
     one = model(method=method)
     graphdef, state = nnx.split(one)
