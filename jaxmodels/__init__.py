@@ -16,6 +16,7 @@ _PUBLIC = {
     "split": "jaxmodels.experts.models", "prune": "jaxmodels.experts.models",
     "Taps": "jaxmodels.taps", "Decoder": "jaxmodels.decoder.model", "DecoderConfig": "jaxmodels.decoder.config",
     "Esm": "jaxmodels.esm.model", "EsmConfig": "jaxmodels.esm.config",
+    "Bert": "jaxmodels.bert.model", "BertConfig": "jaxmodels.bert.config",
     "UserError": "jaxmodels.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
