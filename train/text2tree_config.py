@@ -99,7 +99,9 @@ class Text2TreeRun:
     data: TextDataConfig = TextDataConfig()
     encoder: TextEncoderConfig = TextEncoderConfig()
     method: MethodConfig = MethodConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, schedule="constant", beta2=0.999, weight_decay=0.0)
+    # not clipped: the straight-through links have large gradients, and would hold back everything else with them
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, schedule="constant", beta2=0.999, weight_decay=0.0,
+                                                 clip=0.0)
     epochs: int = 30  # at most
     patience: int = 5  # epochs without a better macro-F1 on the development part that end the training
     bootstrap: int = 2000  # draws behind every interval
