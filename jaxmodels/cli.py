@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxmodels.cache import cache_folder
+from jaxmodels._platform import prepare_jax
 from jaxmodels.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; benchmarks/ lies beside the packages there
@@ -130,7 +130,7 @@ def command_run(arguments: argparse.Namespace) -> int:
     from train.runtime.config import defaults_of, find, resolve, to_dict
 
     config = resolve(arguments.name, arguments.overrides)
-    _prepare_jax()
+    prepare_jax()
     from train.runtime.config import load_function
 
     about = {"operational": getattr(config, "operational", ()), "defaults": defaults_of(config)}
@@ -177,7 +177,7 @@ def command_sweep(arguments: argparse.Namespace) -> int:
     from train import sweep
 
     planned = sweep.plan(arguments.name, arguments.overrides)
-    _prepare_jax()
+    prepare_jax()
     with _open_run(planned.name, planned.config, arguments.out, operational=planned.operational) as run:
         failure = sweep.run(planned, run, _build_report)
     if run.writes:
@@ -201,7 +201,7 @@ def command_report(arguments: argparse.Namespace) -> int:
     for folder, about in zip(folders, abouts, strict=True):
         if about is None:
             raise UserError(f"{folder} is not a run folder: it has no config.json; see the folders in runs/")
-    _prepare_jax()
+    prepare_jax()
     if len(folders) > 1:
         from analysis.report.compare import build
 
@@ -260,7 +260,7 @@ def command_split(arguments: argparse.Namespace) -> int:
 
     Texts are named as in an atlas (gettext, udhr, path:DIR ...), with languages after a colon: gettext:de,fr.
     """
-    _prepare_jax()
+    prepare_jax()
     from jaxmodels.decoder.config import ROUTERS
     from jaxmodels.experts.split import METHODS, VECTORS
 
@@ -334,7 +334,7 @@ def command_prune(arguments: argparse.Namespace) -> int:
         raise UserError(f"--share {share:g}: it must be above 0 and at most 1")
     keep = None if arguments.keep is None else _read_keep(arguments.keep)
     out = _new_folder(arguments.out)
-    _prepare_jax()
+    prepare_jax()
     from analysis.prune_language import cut
     from train.runtime.progress import progress
 
@@ -438,7 +438,7 @@ def command_generate(arguments: argparse.Namespace) -> int:
     for option, (value, good, limit) in limits.items():
         if not good:
             raise UserError(f"{option} {value}: it must be {limit}")
-    _prepare_jax()
+    prepare_jax()
     from jaxmodels.decoder.generate import generate_text
 
     texts = generate_text(
@@ -476,7 +476,7 @@ def command_embed(arguments: argparse.Namespace) -> int:
     It holds names, lengths and embeddings: float32[proteins, width], or with --pool none float32[residues, width] and
     the offsets at which proteins begin. What had to be changed or left out of the input is counted on stderr.
     """
-    _prepare_jax()
+    prepare_jax()
     from jaxmodels.esm.embed import POOLS, embed
     from jaxmodels.esm.fasta import read_fasta
 
@@ -492,6 +492,25 @@ def command_embed(arguments: argparse.Namespace) -> int:
     for line in report.lines():
         print(f"jaxmodels: {line}", file=sys.stderr)
     print(arguments.out)
+    return 0
+
+
+def _predict_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", action="append", metavar="TEXT", help="may be repeated")
+    texts.add_argument("--csv", metavar="FILE", help="a CSV file with a text in each row")
+    parser.add_argument("--column", metavar="NAME", help="its column of texts")
+    parser.add_argument("--top", type=int, metavar="K", help="so many answers a text (default: those the run gives)")
+    parser.add_argument("--out", metavar="FILE", help="CSV file to write (default: a table on stdout)")
+
+
+def command_predict(arguments: argparse.Namespace) -> int:
+    """What a finished run says about texts: for text2tree codes, their path in the tree, descriptions and scores."""
+    prepare_jax()
+    from train.predict import command
+
+    command(arguments, _print_table)
     return 0
 
 
@@ -554,7 +573,7 @@ def command_bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"no benchmarks in {folder}: they are in a clone of the repository, not in the package")
     if arguments.name not in names:
         raise UserError(f"unknown benchmark {arguments.name!r}; {did_you_mean(arguments.name, names)}")
-    _prepare_jax()
+    prepare_jax()
     sys.path.insert(0, str(ROOT))
     importlib.import_module(f"benchmarks.{arguments.name}").main(arguments.out)
     return 0
@@ -568,6 +587,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace
     "prune": (_prune_arguments, command_prune),
     "generate": (_generate_arguments, command_generate),
     "embed": (_embed_arguments, command_embed),
+    "predict": (_predict_arguments, command_predict),
     "compile": (_compile_arguments, command_compile),
     "bench": (_bench_arguments, command_bench),
     "report": (_report_arguments, command_report),
@@ -633,21 +653,6 @@ def _new_folder(path: str) -> Path:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write {folder}: {parent} is not a writable folder; choose another --out")
     return folder
-
-
-def _prepare_jax() -> None:
-    """Settings that must stand before jax is imported: a silent platform and the persistent compilation cache."""
-    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not _has_tpu():
-        # libtpu without a TPU prints several lines at every start, unless jax is told not to look
-        plugins = map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))
-        cuda = Path("/dev/nvidia0").exists() and any(plugins)
-        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if cuda else "cpu"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
-
-
-def _has_tpu() -> bool:
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 @contextlib.contextmanager

@@ -7,53 +7,15 @@ import pytest
 
 import analysis.text2tree_report
 from jaxmodels.errors import Interrupted, UserError
+from tests.tiny_texts import LEARNS, run, trained, write
 from train import text2tree
-from train.runtime.config import resolve, to_dict
-from train.runtime.run_folder import RunFolder
-from train.runtime.signals import stop
+from train.runtime.config import resolve
 from train.text2tree_config import METHODS
-
-CODES = ("A41.0", "A41.9", "B20.1", "B20.2", "C11.5")
-LEARNS = ("epochs=20", "patience=20", "optimizer.learning_rate=1e-2")
-WORDS = {"A41.0": "fever sepsis", "A41.9": "fever shock", "B20.1": "virus lungs", "B20.2": "virus liver",
-         "C11.5": "tumour neck"}
-
-
-def write(path, multi=True, count=160):
-    """Texts whose words tell their codes; one with both words of a code more often has a second."""
-    r, rows = np.random.default_rng(0), []
-    for i in range(count):
-        codes = list(r.choice(CODES, 1 + (multi and r.random() < 0.5), replace=False, p=[0.4, 0.2, 0.2, 0.1, 0.1]))
-        noise = " ".join(r.choice(["the", "patient", "had", "some", "and", "was"], 6))
-        split = ("train", "train", "train", "dev", "test")[i % 5]
-        rows.append(f"{i} {noise} {' '.join(WORDS[code] for code in codes)},{';'.join(codes)},{split}")
-    path.write_text("\n".join(["text,labels,split", *rows]) + "\n")
-    return str(path)
-
-
-def run(out, path, *overrides, stop_at=None):
-    cfg = resolve("text2tree", ["preset=tiny", f"data.path={path}", "data.split=split", "data.limit=none",
-                                "encoder.words=300", *overrides])
-    log = RunFolder.log
-
-    def signal(self, step, **metrics):
-        log(self, step, **metrics)
-        if step == stop_at:
-            stop.requested = "SIGTERM"
-
-    with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder, \
-            pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "log", signal)
-        patch.setattr(stop, "requested", None)
-        text2tree.run(cfg, folder)
-    return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text2tree")
-    path = write(folder / "notes.csv")
-    return run(folder / "out", path, *LEARNS), folder / "out", path
+def finished():
+    return trained()
 
 
 def test_it_learns_what_the_words_tell(finished):

@@ -5,7 +5,7 @@ the end. Beside the model stands TF-IDF with logistic regression on the same tex
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,23 @@ from jaxmodels.errors import UserError
 from jaxmodels.text2tree import baselines
 from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig, is_label, predictions
 from jaxmodels.text2tree.hlr import label_rows
+from jaxmodels.text2tree.losses import LossConfig
+from jaxmodels.text2tree.tree import LabelTree
 from train import experiment, text_floors, text_metrics
 from train.data import records
 from train.data.coded_texts import CodedTexts, Columns, coded_texts
 from train.objectives.coded_texts import OVER_NODES, CodedTextsObjective, loss_config
 from train.optimizers import make_optimizer, make_schedule, scaled
+from train.predict import Predictions
 from train.runtime import loop
+from train.runtime.config import from_dict
+from train.runtime.files import load_npz, read_json
 from train.runtime.mesh import check_batch, make_mesh
-from train.runtime.run_folder import RunFolder
+from train.runtime.run_folder import RESULTS, RunFolder
 from train.runtime.state import Blueprint, State, blueprint
 from train.runtime.step import TrainStep
 from train.text2tree_config import METHODS, OURS, Text2TreeRun
+from train.text_labels import tree_arrays, tree_from
 from train.text_reader import Reader, make_reader
 
 SPLITS = ("train", "dev", "test")
@@ -46,8 +52,7 @@ def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     source = read(cfg)
     reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir)
     folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
-    named = [source.tree.name_of(int(node)) for node in source.tree.leaf_index]
-    folder.save_npz("classes", codes=np.array(source.tree.classes), names=np.array(named))
+    folder.save_npz("classes", **tree_arrays(source.tree), multi_label=source.multi_label)
     data = prepare_data(cfg, folder, source, reader)
     model, best = train(cfg, folder, source, reader, data, mesh)
     if jax.process_index() == 0:
@@ -106,9 +111,9 @@ class Repeated:
 # Model and training
 
 
-def build(cfg: Text2TreeRun, source: CodedTexts, reader: Reader) -> Text2Tree:
+def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
     """The model before training."""
-    method, tree = cfg.method, source.tree
+    method = cfg.method
     ours = method.name in OURS
     rows = None
     if ours and method.start != "random":
@@ -116,14 +121,18 @@ def build(cfg: Text2TreeRun, source: CodedTexts, reader: Reader) -> Text2Tree:
         pieces = [reader.tokenizer.encode(tree.name_of(node), special=False) for node in range(len(tree))]
         mask = reader.tokenizer.inner.token_to_id("[MASK]")
         rows = label_rows(tree, pieces, whole.embed[...], mask)
-    outputs = len(tree) - 1 if method.name in OVER_NODES else tree.num_classes
     # trained in place: a copy, so that a second model of the same reader begins alike
     encoder = nnx.clone(reader.encoder)
-    model = Text2Tree(encoder, outputs, Text2TreeConfig(loss_config(method), start=method.start),
+    model = Text2Tree(encoder, outputs(cfg, tree), Text2TreeConfig(loss_config(method), start=method.start),
                       tree=tree if ours else None, pooler=reader.pooler, label_rows=rows, rngs=nnx.Rngs(cfg.seed))
     if method.name == "ldam_drw":
         model.taken = nnx.Variable(jnp.zeros((), jnp.int32))  # steps, see the objective
     return model
+
+
+def outputs(cfg: Text2TreeRun, tree: LabelTree) -> int:
+    """Of the head: the classes, or all nodes but the root."""
+    return len(tree) - 1 if cfg.method.name in OVER_NODES else tree.num_classes
 
 
 def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, data: Path, mesh: Any
@@ -136,7 +145,7 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
         rows = Repeated(part, baselines.oversample(labels, cfg.seed))
     epoch = len(rows) // cfg.data.batch
     cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
-    start = build(cfg, source, reader)
+    start = build(cfg, source.tree, reader)
     optimizer, schedule = make_tuner(cfg)
     plan = blueprint(lambda key: start, optimizer, mesh, seed=cfg.seed)
     objective = CodedTextsObjective(cfg.method, tuple(source.train_counts.tolist()), len(labels), source.tree,
@@ -152,7 +161,7 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
     step_of = max(best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
     folder.write_results(experiment.run_numbers(trained, trained.state["params"], tokens, 0.0)
                          | {"epochs": trained.step / epoch, "method": cfg.method.name})
-    return restored(start, folder), step_of
+    return restored(start, folder.dir), step_of
 
 
 def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
@@ -182,7 +191,7 @@ class Best:
         step = int(jax.device_get(state["step"]))
         model = nnx.merge(self.plan.graphdef, jax.tree.map(jnp.asarray, nnx.state(
             experiment.model_on_host(self.plan, state))))
-        found = scores_of(model, self.source, self.inputs, check)
+        found = scores_of(model, self.source.tree, self.source.multi_label, self.inputs, check)
         labels = self.source.parts["dev"].labels
         if self.source.multi_label:
             threshold = text_metrics.tuned_threshold(labels, found)
@@ -211,17 +220,23 @@ def path_name(path: Any) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def restored(start: Text2Tree, folder: RunFolder) -> Text2Tree:
-    """`start` with the arrays of ``model.npz`` and without label states."""
-    arrays = folder.load_npz("model")
-    if arrays is None:
-        raise UserError(f"{folder.path('model.npz')} is missing or damaged; remove {folder.dir} and train again")
+def restored(start: Text2Tree, folder: Path) -> Text2Tree:
+    """`start` with the arrays of a run's ``model.npz`` and without label states."""
+    arrays = of_run(folder, "model")
     model = start.for_inference()
     graphdef, state = nnx.split(model)
     filled = jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(arrays[path_name(path)]),
                                               nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, filled)
     return nnx.merge(graphdef, state)
+
+
+def of_run(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of ``name.npz``; UserError where a finished run has lost them."""
+    arrays = load_npz(folder / f"{name}.npz")
+    if arrays is None:
+        raise UserError(f"{folder / name}.npz is missing or damaged; remove {folder} and train again")
+    return arrays
 
 
 # Scores
@@ -234,23 +249,25 @@ def loaded(data: Path, split: str) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def scores_of(model: Text2Tree, source: CodedTexts, inputs: dict[str, np.ndarray],
+def scores_of(model: Text2Tree, tree: LabelTree, multi_label: bool, inputs: dict[str, np.ndarray],
               check: Callable[[], None] = lambda: None, batch: int = 64) -> np.ndarray:
     """Scores in [0, 1] of every class, float32[n, K]."""
     out, count = [], len(inputs["mask"])
+    batch = min(batch, count)
     for start in range(0, count, batch):
         check()
         here = np.resize(np.arange(start, min(start + batch, count)), batch)  # one shape
         logits = np.asarray(model(inputs["tokens"][here], inputs["mask"][here])[0])[:min(batch, count - start)]
-        if logits.shape[1] != source.tree.num_classes:  # a head over all nodes but the root
-            logits = logits[:, source.tree.leaf_index - 1]
-        out.append(predictions(logits, source.multi_label))
+        if logits.shape[1] != tree.num_classes:  # a head over all nodes but the root
+            logits = logits[:, tree.leaf_index - 1]
+        out.append(predictions(logits, multi_label))
     return np.concatenate(out)
 
 
 def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path, model: Text2Tree) -> dict[str, Any]:
     """``test.METHOD.METRIC`` of the model and of TF-IDF; what the comparison of runs needs lies in predictions.npz."""
-    found = {split: scores_of(model, source, loaded(data, split), folder.check_stop) for split in ("dev", "test")}
+    found = {split: scores_of(model, source.tree, source.multi_label, loaded(data, split), folder.check_stop)
+             for split in ("dev", "test")}
     tfidf = text_floors.tfidf(source)
     results, saved = {}, {"labels": source.parts["test"].labels}
     for name, scores in (("model", found), ("tfidf", tfidf)):
@@ -269,3 +286,41 @@ def text_table(source: CodedTexts, scores: np.ndarray, threshold: float | None) 
     if source.multi_label:
         return text_metrics.multi_label(truth, scores, threshold, source.train_counts, tree.ancestors())
     return text_metrics.multi_class(truth, scores.argmax(1), source.train_counts, tree.paths, tree.ancestors())
+
+
+# What `jaxmodels predict` asks of a run
+
+PIECE = 512  # texts whose states are in memory at once
+
+
+def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: int | None = None) -> Predictions:
+    """See `train.predict`. The columns: score, given (whether the run's rule gives the code), code, description, and
+    code and description of every level from the top of the tree down to it.
+
+    Without `top`: where texts have several codes those above the threshold tuned on the development part; where they
+    have one, the likeliest.
+    """
+    cfg, classes = from_dict(Text2TreeRun, config), of_run(folder, "classes")
+    tree, multi_label = tree_from(classes), bool(classes["multi_label"])
+    threshold = (read_json(folder / RESULTS) or {}).get("test.model.threshold") if multi_label else None
+    reader = make_reader(cfg.encoder, None, cfg.seed, folder)
+    bare = Text2Tree(reader.encoder, outputs(cfg, tree), Text2TreeConfig(LossConfig("plain")), pooler=reader.pooler,
+                     rngs=nnx.Rngs(cfg.seed))
+    model = restored(bare, folder)
+    path_columns = [f"level_{level}{end}" for level in range(1, tree.num_levels + 1) for end in ("", "_description")]
+
+    def about(node: int) -> tuple[str, str]:
+        return ("", "") if node < 0 else (tree.names[node], tree.descriptions.get(tree.names[node], ""))
+
+    def rows() -> Iterator[tuple[int, tuple[Any, ...]]]:
+        for start in range(0, len(texts), PIECE):
+            inputs = reader.inputs(texts[start:start + PIECE], cfg.data.length)
+            scores = scores_of(model, tree, multi_label, inputs)
+            given = scores >= threshold if multi_label else text_metrics.one_hot(scores.argmax(1), tree.num_classes)
+            for i, (row, said) in enumerate(zip(scores, given, strict=True), start):
+                order = np.argsort(-row, kind="stable")
+                for k in order[:top] if top else order[said[order]]:
+                    path = sum((about(int(node)) for node in tree.paths[k, 1:]), ())
+                    yield i, (float(row[k]), "yes" if said[k] else "no", *about(int(tree.leaf_index[k])), *path)
+
+    return Predictions(("score", "given", "code", "description", *path_columns), rows())

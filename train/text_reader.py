@@ -20,6 +20,7 @@ from train.text2tree_config import TextEncoderConfig
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 STORED = np.float16  # of states on disk: half the bytes, and what reads them is trained on just these
 BATCH = 64
+STEP = 16  # widths of batches are multiples of it, so that few are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Reader:
     def tokens(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(int32[n, T], bool[n, T]), T at most length."""
         rows = self.tokenizer.encode_batch(texts)
-        return batch_of(rows, min(length, max(map(len, rows), default=1)))
+        longest = -(-max(map(len, rows), default=1) // STEP) * STEP
+        return batch_of(rows, min(length, longest))
 
     def inputs(self, texts: Sequence[str], length: int, check: Callable[[], None] = lambda: None
                ) -> dict[str, np.ndarray]:
@@ -45,23 +47,25 @@ class Reader:
         graphdef, state = nnx.split(self.lower)
         states = np.zeros((*tokens.shape, self.lower.cfg.d_model), STORED)
         order = np.argsort(mask.sum(1), kind="stable")  # batches of like length, that little is spent on padding
-        for start in range(0, len(order), BATCH):
+        batch = min(BATCH, len(order))
+        for start in range(0, len(order), batch):
             check()
-            here = order[start:start + BATCH]
-            here = np.resize(here, BATCH)  # one shape for each length; what is there twice is written twice
-            width = min(-(-int(mask[here].sum(1).max()) // 16) * 16, tokens.shape[1])
+            here = order[start:start + batch]
+            here = np.resize(here, batch)  # one shape for each length; what is there twice is written twice
+            width = min(-(-int(mask[here].sum(1).max()) // STEP) * STEP, tokens.shape[1])
             states[here, :width] = _hidden(graphdef, state, tokens[here, :width], mask[here, :width])
         states[~mask] = 0
         return {"tokens": states, "mask": mask}
 
 
-def make_reader(cfg: TextEncoderConfig, texts: Sequence[str], seed: int, folder: Path) -> Reader:
-    """texts: those to learn pieces from, where no checkpoint brings its own; they are kept in ``folder``.
+def make_reader(cfg: TextEncoderConfig, texts: Sequence[str] | None, seed: int, folder: Path) -> Reader:
+    """texts: those to learn pieces from, where no checkpoint brings its own; they are kept in ``folder``. None: they
+    are there.
 
     Raises UserError for a model that is not here or is no BERT-like encoder, and for too many frozen layers.
     """
     if cfg.name == "cnn":
-        if not (folder / "tokenizer.json").exists():
+        if texts is not None and not (folder / "tokenizer.json").exists():
             for name, text in learned(texts, cfg.words).files().items():
                 write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
         tokenizer = load_tokenizer(folder)

@@ -240,7 +240,7 @@ SOURCES = {
 def _read_csv(path: Path, columns: Columns, tree: str) -> Read:
     counts: collections.Counter = collections.Counter()
     rows, whole = [], _named_tree(tree)
-    for line, row in _csv_rows(path, [c for c in dataclasses.astuple(columns) if c], counts):
+    for line, row in csv_rows(path, [c for c in dataclasses.astuple(columns) if c], counts):
         text = row[columns.text].strip()
         counts["rows"] += 1
         if not text:
@@ -285,7 +285,9 @@ def _whole_icd10cm() -> LabelTree:
     return read(found, name)
 
 
-def _csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter) -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
+             keys: str = "data.text, data.labels and data.split") -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of a CSV that has some columns; keys: with what they are named. UserError for what cannot be read."""
     csv.field_size_limit(2**31 - 1)
     try:
         raw = path.read_bytes()
@@ -297,7 +299,7 @@ def _csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter) -
     for column in columns:
         if column not in (reader.fieldnames or ()):
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(reader.fieldnames or ['none'])}: name "
-                            "them with data.text, data.labels and data.split")
+                            f"them with {keys}")
     columns, short = list(columns), []
     for row in reader:
         if any(row[column] is None for column in columns):

@@ -3,7 +3,7 @@
 An experiment is a module ``configs/<name>.py`` with
 
 * ``get_config()`` -> one frozen dataclass (nested if need be) with ``entry="module:function"`` and
-  ``report="module:function"``;
+  ``report="module:function"``, and ``predict="module:function"`` if its runs predict (`train.predict`);
 * ``PRESETS``: ``{preset: {dotted key: value}}``;  ``NEEDS``: names of data and weights;
 * ``MINUTES``: ``{preset: minutes on two cores}``;  ``GRIDS``: ``{grid: {variant: {dotted key: value}}}`` for sweeps;
 * a docstring, whose first line `jaxmodels list` shows.
@@ -29,7 +29,7 @@ from typing import Any
 from jaxmodels.errors import UserError
 
 EXPERIMENTS = "configs"  # looked up by name when a user asks for one: nothing here depends on what it holds
-FIXED = ("entry", "report", "plan")  # part of what an experiment is, not of how it is run
+FIXED = ("entry", "report", "predict", "plan")  # part of what an experiment is, not of how it is run
 DEFAULT_PRESET = "default"
 
 
@@ -157,6 +157,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     from pydantic_core import to_jsonable_python
 
     return to_jsonable_python(config)
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """The config that `to_dict` has written, with defaults for what it lacks. Raises UserError if it fits no more."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(f"the recorded config has {key}={problem['input']!r} ({problem['msg']}); it was written by "
+                        "another version: run the experiment again") from None
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
