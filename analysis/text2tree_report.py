@@ -1,4 +1,5 @@
-"""The report of one classifier of texts: how it does for rare and frequent codes, beside TF-IDF on the same texts."""
+"""The report of one classifier of texts: how it does for rare and frequent codes, beside TF-IDF on the same texts; how
+far its scores can be trusted; what training made of the states of its labels."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from matplotlib.figure import Figure
 from analysis.report import style
 from analysis.report.generic import flat_rows, is_number, read_run
 from analysis.report.html import Report
+from jaxmodels.text2tree.tree import LabelTree
 from train import text_metrics
-from train.runtime.files import load_npz
+from train.runtime.files import load_npz, read_json
+from train.text_labels import SHARES, tree_from
 
+Arrays = dict[str, np.ndarray]
 THIRDS = ("tail", "middle", "head")
 NAMES = {"model": "this model", "tfidf": "TF-IDF"}
-WORST = 20
+ENDS = {"macro-F1": "", "low": "_low", "high": "_high"}
+MAPPED = 150  # codes of a heat map, beyond which no square can be told
+NEAREST = 10, 5  # codes, and labels next to each
 
 
 def build(run_dir: str | Path) -> Path:
@@ -30,9 +36,15 @@ def build(run_dir: str | Path) -> Path:
              for key, label in (("macro_f1", "macro-F1"), ("micro_f1", "micro-F1"), ("macro_f1_tail", "tail macro-F1"))
              for method, name in NAMES.items()]
     report.number_cards([card for card in cards if is_number(card[1])])
+    saved, classes, states = (load_npz(folder / f"{name}.npz") for name in ("predictions", "classes", "labels"))
     if cards[0][1] is not None:
         _buckets(report, results, prefix)
-        _codes(report, folder)
+    if saved is not None and classes is not None:
+        tree = tree_from(classes)
+        _codes(report, folder, saved, tree)
+        _calibration(report, saved)
+        if states is not None:
+            _labels(report, states, tree, saved["counts"])
     _learning(report, lines)
     report.section("What was run")
     report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
@@ -42,43 +54,145 @@ def build(run_dir: str | Path) -> Path:
 
 def _buckets(report: Report, results: dict[str, Any], prefix: str) -> None:
     report.section("Rare and frequent codes", "Thirds of the codes by their number of training texts: tail, middle, "
-                   "head; and bins of that number.")
-    rows = [{"method": NAMES[method], **{third: results.get(f"test.{method}.{prefix}macro_f1_{third}")
-                                         for third in THIRDS}} for method in NAMES]
-    report.figure(_bars(rows), "Macro-F1 of each third.", rows, "thirds", "Macro-F1 of tail, middle and head")
+                   "head; and bins of that number. Lines are 95 % intervals: the test texts drawn again and again.")
+    keys = [key.removeprefix(f"test.model.{prefix}macro_f1_") for key in results
+            if key.startswith(f"test.model.{prefix}macro_f1_") and not key.endswith(("_low", "_high", "_all"))]
+    rows = [{"method": NAMES[method], "codes": bucket, **{name: results.get(
+        f"test.{method}.{prefix}macro_f1_{bucket}{end}") for name, end in ENDS.items()}}
+            for method in NAMES for bucket in keys]
+    for title, chosen in (("thirds", [key for key in keys if key in THIRDS]),
+                          ("bins of training texts", [key for key in keys if key not in THIRDS])):
+        shown = [row for row in rows if row["codes"] in chosen]
+        report.figure(bars(shown), f"Macro-F1, {title}.", shown, title, f"Macro-F1 of {title} with intervals")
     keys = sorted({key.split(".", 2)[2] for key in results if key.startswith("test.model.")})
     table = [{"metric": key, **{name: results.get(f"test.{method}.{key}") for method, name in NAMES.items()}}
              for key in keys]
     report.table(table, caption="Every metric.", name="metrics")
 
 
-def _bars(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = style.new_figure(6, 2.8)
-    width = 0.8 / len(rows)
-    for i, row in enumerate(rows):
-        axes.bar(np.arange(len(THIRDS)) + (i - (len(rows) - 1) / 2) * width, [row[third] or 0 for third in THIRDS],
-                 width, color=style.PALETTE[i], label=row["method"])
-    axes.set_xticks(range(len(THIRDS)), THIRDS)
+def bars(rows: list[dict[str, Any]]) -> Figure:
+    """Groups of bars from rows with method, codes (the group), macro-F1, low and high."""
+    methods, groups = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "codes"))
+    figure, axes = style.new_figure(max(6, 0.22 * len(methods) * len(groups)), 2.8)
+    width = 0.8 / max(len(methods), 1)
+    for i, method in enumerate(methods):
+        own = [row for row in rows if row["method"] == method and is_number(row["macro-F1"])]
+        places = np.array([groups.index(row["codes"]) for row in own]) + (i - (len(methods) - 1) / 2) * width
+        heights = np.array([row["macro-F1"] for row in own], float)
+        ends = np.array([[row["low"], row["high"]] for row in own], float).reshape(-1, 2).T
+        axes.bar(places, heights, width, color=style.PALETTE[i % len(style.PALETTE)], label=method)
+        # a resampled mean may leave the value outside its interval where classes are few
+        axes.errorbar(places, heights, np.maximum([heights - ends[0], ends[1] - heights], 0), fmt="none",
+                      ecolor=style.INK, linewidth=1)
+    axes.set_xticks(range(len(groups)), [group.replace("_up", " and more").replace("_", " to ") for group in groups])
     axes.set(ylabel="macro-F1", ylim=(0, None))
-    axes.legend()
+    axes.legend(ncols=1 + len(methods) // 8)
     return figure
 
 
-def _codes(report: Report, folder: Path) -> None:
-    saved, names = load_npz(folder / "predictions.npz"), load_npz(folder / "classes.npz")
-    if saved is None or names is None:
-        return
-    truth, said = saved["labels"], saved["model_said"]
-    if truth.ndim == 1:
-        truth, said = (text_metrics.one_hot(a, len(names["codes"])) for a in (truth, said))
+def _codes(report: Report, folder: Path, saved: Arrays, tree: LabelTree) -> None:
+    """The worst codes, each with a text."""
+    truth, said = decisions(saved, "model")
     counted = text_metrics.counts(truth, said)
-    each = text_metrics.class_f1(counted)
-    order = [c for c in np.argsort(each, kind="stable") if counted[2, c]][:WORST]
-    report.section("The codes it does worst on", f"The {WORST} of the lowest F1 among those that the test part has.")
-    report.table([{"code": str(names["codes"][c]), "name": str(names["names"][c]), "F1": float(each[c]),
-                   "training texts": int(saved["counts"][c]), "test texts": int(counted[2, c]),
-                   "given": int(counted[1, c]), "right": int(counted[0, c])} for c in order],
-                 caption="Worst codes.", name="worst")
+    each, found = text_metrics.class_f1(counted), read_json(folder / "examples.json") or []
+    shown = {example["code"]: example for example in found}
+    order = text_metrics.worst(counted)
+    report.section("The codes it does worst on", f"The {len(order)} of the lowest F1 among those that the test part "
+                   "has, each with a text that has the code and was not given it, if there is any.")
+    rows = []
+    for k in order:
+        code, example = tree.classes[k], shown.get(tree.classes[k], {})
+        rows.append({"code": code, "name": tree.name_of(int(tree.leaf_index[k])), "F1": float(each[k]),
+                     "training texts": int(saved["counts"][k]), "test texts": int(counted[2, k]),
+                     "given": int(counted[1, k]), "right": int(counted[0, k]), "a text": example.get("text", ""),
+                     "its codes": ", ".join(example.get("codes", ())), "it was given": ", ".join(
+                         example.get("given", ()))})
+    report.table(rows, caption="Worst codes.", name="worst")
+
+
+def decisions(saved: Arrays, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """(what is true, what a method said) of predictions.npz, bool[n, K]."""
+    truth, said = saved["labels"], saved[f"{method}_said"]
+    if truth.ndim == 1:
+        return tuple(text_metrics.one_hot(one, len(saved["counts"])) for one in (truth, said))
+    return truth.astype(bool), said
+
+
+def _calibration(report: Report, saved: Arrays) -> None:
+    several = saved["labels"].ndim > 1
+    found = {}
+    for method in NAMES if several else ("model",):  # the nearest text's class is all that TF-IDF tells of one
+        right = saved["labels"] if several else saved["labels"] == saved[f"{method}_said"]
+        found[method] = text_metrics.calibration(right, saved[f"{method}_scores"])
+    report.section("Calibration", "Of the decisions with a score of about 0.7, are 70 % right? " + (
+        "A decision is whether a text has a code." if several else "A decision is the likeliest code of a text.") +
+        " ECE, the expected calibration error, is the mean distance from the diagonal over all decisions.")
+    report.number_cards((f"ECE, {NAMES[method]}", bins["ece"]) for method, bins in found.items())
+    figure, axes = style.new_figure(4.2, 3.6)
+    axes.plot([0, 1], [0, 1], color=style.INK, linewidth=0.8, linestyle=":")
+    for i, (method, bins) in enumerate(found.items()):
+        axes.plot(bins["score"], bins["share"], marker="o", color=style.PALETTE[i], label=NAMES[method])
+    axes.set(xlabel="mean score", ylabel="share that is true", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    rows = [{"method": NAMES[method], "mean score": score, "share that is true": share, "decisions": int(count)}
+            for method, bins in found.items()
+            for score, share, count in zip(bins["score"], bins["share"], bins["count"], strict=True)]
+    report.figure(figure, "Reliability in ten bins of the score.", rows, "calibration",
+                  "Share of decisions that are right over their mean score")
+
+
+# The states of the labels
+
+
+def _labels(report: Report, states: Arrays, tree: LabelTree, train_counts: np.ndarray) -> None:
+    order = np.lexsort(tree.paths.T[::-1])  # depth first; a code before those below it
+    shown = order[:MAPPED]
+    report.section("Labels", "What the attention down the tree makes of each code: the cosine of the states of two of "
+                   "them says how alike the losses take their texts to be." + (
+                       f" The first {MAPPED} of {len(order)} codes in the order of the tree." if len(order) > MAPPED
+                       else ""))
+    figure, axes = style.new_figure(8.4, 3.8, columns=2)
+    names = [tree.classes[k] for k in shown] if len(shown) <= 40 else None
+    for one, key in zip(axes, ("before", "after"), strict=True):
+        style.heat_map(one, cosines(states[key][shown]), names, names, centred=True, vmin=-1, vmax=1)
+        one.set(title=f"{key} training")
+    named = np.array(tree.classes)[shown]
+    after = cosines(states["after"][shown])
+    report.figure(figure, "Cosines of the states of codes, in the order of the tree.",
+                  {"code": named, **dict(zip(named, after, strict=True))}, "similarity",
+                  "Two heat maps of label similarity, before and after training")
+    rows = [{"level": level, "training": when, **dict(zip(SHARES, map(float, row), strict=True))}
+            for when, key in (("before", "attention_before"), ("after", "attention"))
+            for level, row in enumerate(states[key], 1)]
+    if rows:
+        report.table(rows, caption="What part of its attention a node gives to its parent, itself and its siblings "
+                     "together; the mean over a level (1: just below the root).", name="attention")
+    _nearest(report, states, tree, train_counts)
+
+
+def cosines(states: np.ndarray) -> np.ndarray:
+    """float[n, D] -> float32[n, n]."""
+    states = states.astype(np.float32)
+    states = states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
+    return states @ states.T
+
+
+def _nearest(report: Report, states: Arrays, tree: LabelTree, train_counts: np.ndarray) -> None:
+    like = cosines(states["after"])
+    np.fill_diagonal(like, -np.inf)
+    rows = []
+    for k in np.argsort(train_counts, kind="stable")[:NEAREST[0]]:
+        near = [n for n in np.argsort(-like[k], kind="stable")[:NEAREST[1]] if n != k]
+        rows.append({"code": called(tree, k), "training texts": int(train_counts[k]),
+                     "nearest": "; ".join(f"{called(tree, n)} ({like[k, n]:.2f})" for n in near)})
+    report.table(rows, caption="The labels nearest to the codes with the fewest training texts, by the states after "
+                 "training.", name="nearest")
+
+
+def called(tree: LabelTree, k: int) -> str:
+    """A class by its code and what it means."""
+    code, name = tree.classes[k], tree.name_of(int(tree.leaf_index[k]))
+    return code if name == code else f"{code} {name}"
 
 
 def _learning(report: Report, lines: list[dict[str, Any]]) -> None:

@@ -28,7 +28,7 @@ def same_as_the_run(out, path):
     scores, said = np.zeros((len(texts), len(codes)), np.float32), np.zeros((len(texts), len(codes)), bool)
     for text, (score, given, code, *_) in found.rows:
         scores[text, codes.index(code)], said[text, codes.index(code)] = score, given == "yes"
-    np.testing.assert_allclose(scores, saved["scores"].astype(np.float32), atol=5e-4)
+    np.testing.assert_allclose(scores, saved["model_scores"].astype(np.float32), atol=5e-4)
     assert np.array_equal(said, saved["model_said"])
     default = predict.predict(out, texts).rows
     assert [(text, values[2]) for text, values in default] == [

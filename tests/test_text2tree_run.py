@@ -4,13 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import analysis.text2tree_report
 from jaxmodels.errors import Interrupted, UserError
-from tests.tiny_texts import LEARNS, run, trained, write
+from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
+from jaxmodels.text2tree.tree import LabelTree
+from tests.tiny_texts import CODES, LEARNS, run, trained, write
 from train import text2tree
 from train.runtime.config import resolve
 from train.text2tree_config import METHODS
+from train.text_labels import label_states
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +38,39 @@ def test_the_kept_model_has_no_label_states_and_gives_the_same_answers(finished)
     arrays = np.load(out / "model.npz")
     assert not [name for name in arrays.files if name.startswith("labels")]
     saved = np.load(out / "predictions.npz")
-    said = saved["scores"].astype(np.float32) >= results["test.model.threshold"]
-    assert saved["scores"].shape == (32, 5) and (saved["model_said"] == said).mean() > 0.99  # stored in half precision
+    said = saved["model_scores"].astype(np.float32) >= results["test.model.threshold"]
+    assert saved["model_scores"].shape == (32, 5)
+    assert (saved["model_said"] == said).mean() > 0.99  # stored in half precision
 
 
 def test_the_report(finished):
-    page = analysis.text2tree_report.build(finished[1]).read_text()
-    assert "TF-IDF" in page and "A41.0" in page and "tail" in page
+    results, out, _ = finished
+    page = analysis.text2tree_report.build(out).read_text()
+    for told in ("TF-IDF", "A41.0", "tail", "ECE", "Cosines of the states", "siblings", "labels nearest", "patient"):
+        assert told in page
+    for name in ("model", "tfidf"):
+        value = {end: results[f"test.{name}.tuned_macro_f1{end}"] for end in ("", "_low", "_high")}
+        assert value["_low"] <= value[""] <= value["_high"] and f"test.{name}.tuned_macro_f1_tail_low" in results
+
+
+def test_what_is_kept_of_the_labels(finished):
+    states = np.load(finished[1] / "labels.npz")
+    assert states["before"].shape == states["after"].shape == (5, 72) and states["after"].dtype == np.float16
+    assert not np.array_equal(states["before"], states["after"])
+    np.testing.assert_allclose(states["attention"].sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(states["attention"][1, :2].sum(), 1, atol=1e-5)  # A41, B20, C11: no siblings
+    examples = json.loads((finished[1] / "examples.json").read_text())
+    assert {example["code"] for example in examples} <= set(CODES)
+    assert all(example["code"] in example["codes"] and len(example["text"]) <= 303 for example in examples)
+
+
+def test_shares_of_attention_are_those_of_families():
+    tree = LabelTree.from_codes([*CODES, "B20"])
+    dense, sparse = (LabelEmbeddings(tree, HlrConfig(4, attention=kind), rngs=nnx.Rngs(0))
+                     for kind in ("dense", "sparse"))
+    np.testing.assert_allclose(label_states(dense)[1], label_states(sparse)[1], atol=1e-6)
+    frozen = LabelEmbeddings(tree, HlrConfig(2, start="fixed"), start=np.ones((len(tree), 2)), rngs=nnx.Rngs(0))
+    assert label_states(frozen)[1].shape == (0, 3)
 
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):

@@ -29,13 +29,13 @@ from train.optimizers import make_optimizer, make_schedule, scaled
 from train.predict import Predictions
 from train.runtime import loop
 from train.runtime.config import from_dict
-from train.runtime.files import load_npz, read_json
+from train.runtime.files import load_npz, read_json, write_json
 from train.runtime.mesh import check_batch, make_mesh
 from train.runtime.run_folder import RESULTS, RunFolder
 from train.runtime.state import Blueprint, State, blueprint
 from train.runtime.step import TrainStep
 from train.text2tree_config import METHODS, OURS, Text2TreeRun
-from train.text_labels import tree_arrays, tree_from
+from train.text_labels import examples, label_states, tree_arrays, tree_from
 from train.text_reader import Reader, make_reader
 
 SPLITS = ("train", "dev", "test")
@@ -154,7 +154,7 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
     batches = experiment.batches_of(cfg, rows, f"{cfg.data.name}/train")
     example = {name: jax.ShapeDtypeStruct((cfg.data.batch, *array.shape), array.dtype)
                for name, array in part[0].items()}
-    best = Best(cfg, folder, plan, source, data)
+    best = Best(cfg, folder, plan, source, data, start)
     tokens = cfg.data.batch * example["mask"].shape[1]
     task = loop.Task(plan, step, batches, example, tokens, 0.0, best.evaluate, best.over)
     trained = experiment.train(cfg, folder, task, mesh)
@@ -180,11 +180,17 @@ def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callabl
 
 
 class Best:
-    """Evaluates on the development part, keeps the best model in ``model.npz`` and says when to stop."""
+    """Evaluates on the development part, keeps the best model in ``model.npz`` and says when to stop.
 
-    def __init__(self, cfg: Text2TreeRun, folder: RunFolder, plan: Blueprint, source: CodedTexts, data: Path):
+    The states of its labels, before training and with that model, are kept in ``labels.npz``: the model that is kept
+    has none.
+    """
+
+    def __init__(self, cfg: Text2TreeRun, folder: RunFolder, plan: Blueprint, source: CodedTexts, data: Path,
+                 start: Text2Tree):
         self.cfg, self.folder, self.plan, self.source = cfg, folder, plan, source
         self.inputs = loaded(data, "dev")
+        self.before = None if start.labels is None else label_states(start.labels)
         self.scores = {line["step"]: line[CHOSEN_BY] for line in folder.metrics() if CHOSEN_BY in line}
 
     def evaluate(self, state: State, check: Callable[[], None]) -> dict[str, float]:
@@ -204,6 +210,10 @@ class Best:
         if macro > max(self.scores.values(), default=-1.0) and jax.process_index() == 0:
             arrays = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.for_inference())))
             self.folder.save_npz("model", **{path_name(path): np.asarray(leaf) for path, leaf in arrays})
+            if self.before is not None:
+                states, attention = label_states(model.labels)
+                self.folder.save_npz("labels", before=self.before[0], after=states, attention_before=self.before[1],
+                                     attention=attention)
         self.scores[step] = macro
         return {CHOSEN_BY: macro} | ({"dev_threshold": threshold} if self.source.multi_label else {})
 
@@ -265,18 +275,33 @@ def scores_of(model: Text2Tree, tree: LabelTree, multi_label: bool, inputs: dict
 
 
 def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path, model: Text2Tree) -> dict[str, Any]:
-    """``test.METHOD.METRIC`` of the model and of TF-IDF; what the comparison of runs needs lies in predictions.npz."""
+    """``test.METHOD.METRIC`` of the model and of TF-IDF, with intervals (``..._low``, ``..._high``) of the F1s.
+
+    What reports and comparisons need beside lies in predictions.npz (labels, and of each method ``NAME_said`` and, of
+    the scores, ``NAME_scores``: all of them where texts have several codes, else the highest) and examples.json.
+    """
     found = {split: scores_of(model, source.tree, source.multi_label, loaded(data, split), folder.check_stop)
              for split in ("dev", "test")}
-    tfidf = text_floors.tfidf(source)
-    results, saved = {}, {"labels": source.parts["test"].labels}
-    for name, scores in (("model", found), ("tfidf", tfidf)):
-        threshold = text_metrics.tuned_threshold(source.parts["dev"].labels, scores["dev"]) \
-            if source.multi_label else None
-        table = text_table(source, scores["test"], threshold)
+    part, classes, masks = source.parts["test"], source.tree.num_classes, text_metrics.buckets(source.train_counts)
+    truth = part.labels if source.multi_label else text_metrics.one_hot(part.labels, classes)
+    results, saved = {}, {"labels": part.labels, "counts": source.train_counts}
+    for name, scores in (("model", found), ("tfidf", text_floors.tfidf(source))):
+        folder.check_stop()
+        test, threshold, prefix = scores["test"], None, ""
+        if source.multi_label:
+            threshold, prefix = text_metrics.tuned_threshold(source.parts["dev"].labels, scores["dev"]), "tuned_"
+            saved[f"{name}_said"] = said = test >= threshold
+            saved[f"{name}_scores"] = test.astype(np.float16)
+        else:
+            saved[f"{name}_said"], saved[f"{name}_scores"] = test.argmax(1), test.max(1)
+            said = text_metrics.one_hot(test.argmax(1), classes)
+        table = text_table(source, test, threshold)
+        for key, ends in text_metrics.bootstrap_f1(truth, said, masks, draws=cfg.bootstrap).items():
+            table |= {f"{prefix}{key}_{end}": value for end, value in zip(("low", "high"), ends, strict=True)}
         results |= {f"test.{name}.{key}": value for key, value in table.items()}
-        saved[f"{name}_said"] = scores["test"] >= threshold if source.multi_label else scores["test"].argmax(1)
-    folder.save_npz("predictions", **saved, scores=found["test"].astype(np.float16), counts=source.train_counts)
+        if name == "model":
+            write_json(folder.path("examples.json"), examples(part.texts, truth, said, source.tree.classes))
+    folder.save_npz("predictions", **saved)
     return results
 
 

@@ -3,7 +3,7 @@
 truth bool[n, K] and scores float[n, K] in [0, 1], or int[n] classes, which `one_hot` turns into the former.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,12 @@ def class_f1(counted: np.ndarray) -> np.ndarray:
     """F1 of each class, [..., K], from counts [..., 3, K]."""
     right, both = counted[..., 0, :], counted[..., 1, :] + counted[..., 2, :]
     return np.where(both > 0, 2 * right / np.maximum(both, 1), 0.0)
+
+
+def worst(counted: np.ndarray, most: int = 20) -> list[int]:
+    """The classes of the lowest F1, of those that are there."""
+    order = np.argsort(class_f1(counted), kind="stable")
+    return [int(c) for c in order if counted[2, c]][:most]
 
 
 def tuned_threshold(truth: np.ndarray, scores: np.ndarray, thresholds: Sequence[float] = THRESHOLDS) -> float:
@@ -150,6 +156,30 @@ def multi_class(truth: np.ndarray, predicted: np.ndarray, train_counts: np.ndarr
     return found | (hierarchical(gold, said, ancestors) if ancestors is not None else {})
 
 
+# Doubt
+
+
+def bootstrap_f1(truth: np.ndarray, said: np.ndarray, masks: Mapping[str, np.ndarray], *, draws: int = 2000,
+                 seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % intervals of micro_f1, macro_f1 and the macro_f1_BUCKET of each mask bool[K], texts being resampled.
+
+    truth, said bool[n, K]. A bucket none of whose classes is ever drawn has nan.
+    """
+    drawn: dict[str, list[np.ndarray]] = {}
+    for counted in _resampled(truth, said, draws, seed):
+        each, there, whole = class_f1(counted), counted[..., 2, :] > 0, f1(counted)
+        found = {name: whole[name] for name in ("micro_f1", "macro_f1")}
+        for name, mask in masks.items():
+            members = (there & mask).sum(-1)
+            with np.errstate(invalid="ignore"):
+                found[f"macro_f1_{name}"] = np.where(there & mask, each, 0).sum(-1) / np.where(members, members, np.nan)
+        for name, values in found.items():
+            drawn.setdefault(name, []).append(values)
+    together = {name: np.concatenate(values) for name, values in drawn.items()}
+    return {name: (float("nan"), float("nan")) if np.isnan(values).all() else
+            tuple(map(float, np.nanquantile(values, (0.025, 0.975)))) for name, values in together.items()}
+
+
 def paired_bootstrap(truth: np.ndarray, first: np.ndarray, second: np.ndarray, metric: str = "macro_f1", *,
                      classes: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> dict[str, float]:
     """Whether the first of two methods is better: both on the same resampled texts, Koehn 2004.
@@ -160,16 +190,35 @@ def paired_bootstrap(truth: np.ndarray, first: np.ndarray, second: np.ndarray, m
     """
     truth, first, second = (np.asarray(a, bool)[:, slice(None) if classes is None else classes]
                             for a in (truth, first, second))
-    n, rng = len(truth), np.random.default_rng(seed)
-    events = [np.concatenate([truth & said, said, truth], axis=1).astype(np.float32) for said in (first, second)]
-    shape = (-1, 3, truth.shape[1])
-
-    def difference(times: np.ndarray) -> np.ndarray:
-        a, b = (f1(np.rint(times @ event).reshape(shape))[metric] for event in events)
-        return a - b
-
-    drawn = np.concatenate([difference(rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float32))
-                            for size in [100] * (draws // 100) + [draws % 100] * (draws % 100 > 0)])
+    drawn = np.concatenate([f1(a)[metric] - f1(b)[metric] for a, b in zip(
+        _resampled(truth, first, draws, seed), _resampled(truth, second, draws, seed), strict=True)])
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return {"difference": float(difference(np.ones((1, n), np.float32))[0]), "low": float(low), "high": float(high),
-            "p": float((drawn <= 0).mean())}
+    difference = f1(counts(truth, first))[metric] - f1(counts(truth, second))[metric]
+    return {"difference": float(difference), "low": float(low), "high": float(high), "p": float((drawn <= 0).mean())}
+
+
+def _resampled(truth: np.ndarray, said: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """`counts` of texts drawn with replacement, float[draws of a piece, 3, K]; equal seeds draw equal texts."""
+    from scipy.sparse import csr_matrix  # most labels are neither true nor said
+
+    truth, said = np.asarray(truth, bool), np.asarray(said, bool)
+    n, rng = len(truth), np.random.default_rng(seed)
+    events = csr_matrix(np.concatenate([truth & said, said, truth], axis=1).astype(np.float32))
+    for size in [100] * (draws // 100) + [draws % 100] * (draws % 100 > 0):
+        times = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float32)
+        yield np.rint(times @ events).reshape(size, 3, truth.shape[1])
+
+
+def calibration(true: np.ndarray, scores: np.ndarray, bins: int = 10) -> dict[str, np.ndarray | float]:
+    """Whether a score says how often it is right (Guo et al. 2017, arXiv 1706.04599, section 2).
+
+    true bool[...], scores float[...] of as many decisions. Bins of equal width: ``score`` and ``share`` (of what is
+    true), means of each that is not empty, ``count``; and ``ece``, the mean of |score - share| over all decisions.
+    """
+    true, scores = np.asarray(true, bool).ravel(), np.asarray(scores, float).ravel()
+    place = np.minimum((scores * bins).astype(int), bins - 1)
+    count, score, share = (np.bincount(place, weights, bins) for weights in (None, scores, true))
+    full = count > 0
+    score, share, count = score[full] / count[full], share[full] / count[full], count[full]
+    return {"score": score, "share": share, "count": count,
+            "ece": float((count * np.abs(score - share)).sum() / max(count.sum(), 1))}
