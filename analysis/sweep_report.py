@@ -23,7 +23,7 @@ def build(sweep_dir: str | Path) -> Path:
     config, results, _ = read_run(folder)
     trials, unfinished = read_trials(folder)
     about = config.get("config") or {}
-    report = Report(f"{about.get('experiment')}: {about.get('grid')}", _status(results, trials, unfinished))
+    report = Report(f"{about.get('experiment')}: {about.get('grid')}", status(results, trials, unfinished))
     if not trials:
         report.text("No trial is complete yet.")
         return report.save(folder / "report.html")
@@ -142,7 +142,7 @@ def _points(results: Mapping[str, Any], metrics: list[dict[str, Any]], key: str,
     return [(x, y) for x, y in known if x > 0 and is_number(y)]
 
 
-def _status(results: Mapping[str, Any], trials: Trials, unfinished: list[str]) -> str:
+def status(results: Mapping[str, Any], trials: Trials, unfinished: list[str]) -> str:
     done = sum(map(len, trials.values()))
     told = f"{done} of {results.get('trials', done + len(unfinished))} trials complete"
     failed = results.get("failed_trials", 0)

@@ -1,6 +1,7 @@
 """The report of one classifier of texts: how it does for rare and frequent codes, beside TF-IDF on the same texts; how
 far its scores can be trusted; what training made of the states of its labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,17 @@ def _buckets(report: Report, results: dict[str, Any], prefix: str) -> None:
     for title, chosen in (("thirds", [key for key in keys if key in THIRDS]),
                           ("bins of training texts", [key for key in keys if key not in THIRDS])):
         shown = [row for row in rows if row["codes"] in chosen]
-        report.figure(bars(shown), f"Macro-F1, {title}.", shown, title, f"Macro-F1 of {title} with intervals")
+        report.figure(_bars(shown), f"Macro-F1, {title}.", shown, title, f"Macro-F1 of {title} with intervals")
     keys = sorted({key.split(".", 2)[2] for key in results if key.startswith("test.model.")})
     table = [{"metric": key, **{name: results.get(f"test.{method}.{key}") for method, name in NAMES.items()}}
              for key in keys]
     report.table(table, caption="Every metric.", name="metrics")
 
 
-def bars(rows: list[dict[str, Any]]) -> Figure:
+def _bars(rows: list[dict[str, Any]]) -> Figure:
     """Groups of bars from rows with method, codes (the group), macro-F1, low and high."""
     methods, groups = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "codes"))
-    figure, axes = style.new_figure(max(6, 0.22 * len(methods) * len(groups)), 2.8)
+    figure, axes = style.new_figure(6, 2.8)
     width = 0.8 / max(len(methods), 1)
     for i, method in enumerate(methods):
         own = [row for row in rows if row["method"] == method and is_number(row["macro-F1"])]
@@ -84,10 +85,15 @@ def bars(rows: list[dict[str, Any]]) -> Figure:
         # a resampled mean may leave the value outside its interval where classes are few
         axes.errorbar(places, heights, np.maximum([heights - ends[0], ends[1] - heights], 0), fmt="none",
                       ecolor=style.INK, linewidth=1)
-    axes.set_xticks(range(len(groups)), [group.replace("_up", " and more").replace("_", " to ") for group in groups])
+    axes.set_xticks(range(len(groups)), [spelled(group) for group in groups])
     axes.set(ylabel="macro-F1", ylim=(0, None))
-    axes.legend(ncols=1 + len(methods) // 8)
+    axes.legend()
     return figure
+
+
+def spelled(bucket: str) -> str:
+    """``11_50`` as "11 to 50"."""
+    return bucket.replace("_up", " and more").replace("_", " to ")
 
 
 def _codes(report: Report, folder: Path, saved: Arrays, tree: LabelTree) -> None:
@@ -105,9 +111,12 @@ def _codes(report: Report, folder: Path, saved: Arrays, tree: LabelTree) -> None
         rows.append({"code": code, "name": tree.name_of(int(tree.leaf_index[k])), "F1": float(each[k]),
                      "training texts": int(saved["counts"][k]), "test texts": int(counted[2, k]),
                      "given": int(counted[1, k]), "right": int(counted[0, k]), "a text": example.get("text", ""),
-                     "its codes": ", ".join(example.get("codes", ())), "it was given": ", ".join(
-                         example.get("given", ()))})
+                     "its codes": listed(example.get("codes", ())), "it was given": listed(example.get("given", ()))})
     report.table(rows, caption="Worst codes.", name="worst")
+
+
+def listed(codes: Sequence[str], most: int = 10) -> str:
+    return ", ".join(codes[:most]) + (f" and {len(codes) - most} more" if len(codes) > most else "")
 
 
 def decisions(saved: Arrays, method: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,16 +7,14 @@
     jaxmodels run text2tree_codiesp preset=tiny                # under a minute: checks an installation
 """
 
+from configs._text2tree import PRESETS, grids
 from train.text2tree_config import Text2TreeRun, TextDataConfig
 
-PRESETS: dict[str, dict[str, object]] = {
-    "tiny": {
-        "encoder.name": "cnn", "encoder.words": 400, "encoder.filters": 8, "data.length": 32, "data.batch": 16,
-        "data.limit": 64, "epochs": 2, "bootstrap": 100,
-    },
-}
+__all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
+
 NEEDS = ("codiesp",)
 MINUTES: dict[str, float] = {}
+GRIDS = grids(without=("oversampling",))
 
 
 def get_config() -> Text2TreeRun:

@@ -6,16 +6,14 @@ Trained on the descriptions of the codes (1 to 338 a category), tested on 13,487
     jaxmodels run text2tree_icd_phrases preset=tiny            # under a minute: checks an installation
 """
 
+from configs._text2tree import PRESETS, grids
 from train.text2tree_config import Text2TreeRun, TextDataConfig
 
-PRESETS: dict[str, dict[str, object]] = {
-    "tiny": {
-        "encoder.name": "cnn", "encoder.words": 400, "encoder.filters": 8, "data.length": 32, "data.batch": 16,
-        "data.limit": 64, "epochs": 2, "bootstrap": 100,
-    },
-}
+__all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
+
 NEEDS = ("icd_phrases",)
 MINUTES: dict[str, float] = {}
+GRIDS = grids(without=("db",))
 
 
 def get_config() -> Text2TreeRun:

@@ -4,19 +4,18 @@
 
     jaxmodels run text2tree_mesh
     jaxmodels run text2tree_mesh method.name=plain
+    jaxmodels sweep text2tree_mesh grid=methods seeds=3        # all methods; grid=paper: 16 settings of one
     jaxmodels run text2tree_mesh preset=tiny                   # under a minute: checks an installation
 """
 
+from configs._text2tree import PRESETS, grids
 from train.text2tree_config import Text2TreeRun, TextDataConfig
 
-PRESETS: dict[str, dict[str, object]] = {
-    "tiny": {
-        "encoder.name": "cnn", "encoder.words": 400, "encoder.filters": 8, "data.length": 32, "data.batch": 16,
-        "data.limit": 64, "epochs": 2, "bootstrap": 100,
-    },
-}
+__all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
+
 NEEDS = ("mesh_pubmed",)
 MINUTES: dict[str, float] = {}
+GRIDS = grids(without=("oversampling",))
 
 
 def get_config() -> Text2TreeRun:

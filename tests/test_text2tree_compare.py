@@ -1,9 +1,14 @@
 """Intervals, calibration, and the comparison of the methods of a sweep."""
 
+import json
+
 import numpy as np
 import pytest
 
-from train import text_metrics
+from analysis import text2tree_compare
+from jaxmodels.text2tree.tree import LabelTree
+from train import sweep, text_metrics
+from train.text_labels import tree_arrays
 
 
 def some(n=60, K=6, seed=0):
@@ -44,3 +49,70 @@ def test_calibration():
     assert right["ece"] < 0.02 and right["count"].sum() == 20000 and len(right["score"]) == 10
     assert text_metrics.calibration([True, False], [1.0, 1.0])["ece"] == pytest.approx(0.5)
     assert text_metrics.calibration([True, False], [0.95, 0.05], bins=2)["ece"] == pytest.approx(0.05)
+
+
+CODES = ("A41.0", "A41.9", "B20", "B20.1", "C11.5", "C12")
+
+
+def trial(folder, method, seed, truth, said, dev=0.5, status="complete", **changed):
+    folder.mkdir(parents=True)
+    config = {"method": {"name": method, **changed}, "seed": seed}
+    (folder / "config.json").write_text(json.dumps({"name": "text2tree", "config": config}))
+    masks = text_metrics.buckets(np.arange(1, 7))
+    results = {"status": status, "seconds": 60.0}
+    for name, one in (("model", said), ("tfidf", truth)):
+        counted = text_metrics.counts(truth, one)
+        numbers = text_metrics.f1(counted) | text_metrics.bucket_f1(counted, masks)
+        results |= {f"test.{name}.tuned_{key}": float(value) for key, value in numbers.items()}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "dev_macro_f1": dev}) + "\n")
+    np.savez(folder / "predictions.npz", labels=truth, counts=np.arange(1, 7), model_said=said, tfidf_said=truth)
+    np.savez(folder / "classes.npz", **tree_arrays(LabelTree.from_codes(CODES)))
+
+
+@pytest.fixture
+def swept(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"experiment": "text2tree", "grid": "methods"}}))
+    (tmp_path / "results.json").write_text(json.dumps({"trials": 7}))
+    for seed in range(3):
+        truth, good, bad = some(120)
+        flip = np.random.default_rng(seed).random(truth.shape) < 0.02
+        trial(tmp_path / "plain" / f"seed-{seed}", "plain", seed, truth, bad ^ flip)
+        trial(tmp_path / "gamma=0.1" / f"seed-{seed}", "text2tree", seed, truth, bad ^ flip, dev=0.4)
+        trial(tmp_path / "gamma=0.2" / f"seed-{seed}", "text2tree", seed, truth, good ^ flip, dev=0.6)
+    trial(tmp_path / "focal" / "seed-0", "focal", 0, truth[:60], good[:60])  # other test texts
+    trial(tmp_path / "db" / "seed-0", "db", 0, truth, good, status="interrupted")
+    return tmp_path
+
+
+def test_a_sweep_is_compared_method_by_method(swept):
+    trials, unfinished = text2tree_compare.sweep_report.read_trials(swept)
+    assert unfinished == ["db/seed-0"]
+    found, tree, train_counts = text2tree_compare.read_methods(swept, trials)
+    assert list(found) == ["plain", "text2tree", "TF-IDF"] and tree.classes == CODES
+    masks = text_metrics.buckets(train_counts)
+    plain, ours, tfidf = (text2tree_compare.row(found[name], found["plain"], masks) for name in found)
+    assert plain["macro-F1 - plain"] is None and plain["seeds"] == 3 and plain["± macro-F1"] > 0
+    assert (ours["settings tried"], ours["setting"]) == (2, "gamma=0.2") and ours["macro-F1, p"] < 0.01
+    assert ours["macro-F1 - plain"] == pytest.approx(ours["macro-F1"] - plain["macro-F1"])
+    assert ours["tail macro-F1 - plain"] == pytest.approx(ours["tail macro-F1"] - plain["tail macro-F1"])
+    assert ours["macro-F1, low"] < ours["macro-F1 - plain"] < ours["macro-F1, high"]
+    assert tfidf["macro-F1"] == 1 and tfidf["seeds"] == 1 and tfidf["± macro-F1"] is None
+    assert tfidf["macro-F1 - plain"] == pytest.approx(1 - plain["macro-F1"])
+    assert "as expected" in text2tree_compare.verdict(ours, plain)
+    assert "not as expected" in text2tree_compare.verdict(plain, ours)
+
+
+def test_the_page(swept):
+    page = text2tree_compare.build(swept).read_text()
+    assert "gamma=0.2" in page and "db/seed-0" in page and "coloured by its gain" in page and "as expected" in page
+
+
+def test_grids():
+    planned = sweep.plan("text2tree_mesh", ["grid=methods", "preset=tiny", "seeds=2"])
+    names = [trial.config.method.name for trial in planned.trials]
+    assert names[0] == "plain" and len(names) == 2 * len(set(names)) == 34 and "oversampling" not in names
+    assert planned.config["report"] == "analysis.text2tree_compare:build"
+    paper = sweep.plan("text2tree_codiesp", ["grid=paper"]).trials
+    assert len(paper) == 17 and {trial.config.method.tau for trial in paper} == {0.5, 1, 2, 3}
+    assert "db" not in [t.variant for t in sweep.plan("text2tree_icd_phrases", ["grid=methods"]).trials]

@@ -19,7 +19,7 @@ from train.runtime.config import defaults_of, did_you_mean, find, load_function,
 from train.runtime.run_folder import RunFolder
 
 SEED = "seed"  # the key of an experiment's config that seeds change
-REPORT = "analysis.sweep_report:build"
+REPORT = "analysis.sweep_report:build"  # where an experiment's config names none of its own, `sweep_report`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,8 @@ def plan(name: str, words: Iterable[str]) -> Sweep:
     for seed, (variant, changes) in itertools.product(seeds, variants.items()):
         seeded = {} if seed is None else {SEED: str(seed)}
         trials.append(Trial(variant, seed, resolve(name, {**given, **changes, **seeded})))
-    config = {"experiment": find(name).name, "grid": grid, "overrides": given, "seeds": int(count), "report": REPORT}
+    config = {"experiment": find(name).name, "grid": grid, "overrides": given, "seeds": int(count),
+              "report": getattr(probe, "sweep_report", REPORT)}
     return Sweep(f"{find(name).name}-sweep", config, tuple(trials))
 
 

@@ -110,6 +110,7 @@ class Text2TreeRun:
     seed: int = 0
     entry: str = "train.text2tree:run"
     report: str = "analysis.text2tree_report:build"
+    sweep_report: str = "analysis.text2tree_compare:build"
     predict: str = "train.text2tree:predict"
 
     def __post_init__(self):

@@ -199,11 +199,11 @@ def paired_bootstrap(truth: np.ndarray, first: np.ndarray, second: np.ndarray, m
 
 def _resampled(truth: np.ndarray, said: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
     """`counts` of texts drawn with replacement, float[draws of a piece, 3, K]; equal seeds draw equal texts."""
-    from scipy.sparse import csr_matrix  # most labels are neither true nor said
+    from scipy.sparse import csr_matrix, hstack  # most labels are neither true nor said
 
     truth, said = np.asarray(truth, bool), np.asarray(said, bool)
     n, rng = len(truth), np.random.default_rng(seed)
-    events = csr_matrix(np.concatenate([truth & said, said, truth], axis=1).astype(np.float32))
+    events = hstack([csr_matrix(each) for each in (truth & said, said, truth)], "csr").astype(np.float32)
     for size in [100] * (draws // 100) + [draws % 100] * (draws % 100 > 0):
         times = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float32)
         yield np.rint(times @ events).reshape(size, 3, truth.shape[1])

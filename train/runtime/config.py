@@ -29,7 +29,7 @@ from typing import Any
 from jaxmodels.errors import UserError
 
 EXPERIMENTS = "configs"  # looked up by name when a user asks for one: nothing here depends on what it holds
-FIXED = ("entry", "report", "predict", "plan")  # part of what an experiment is, not of how it is run
+FIXED = ("entry", "report", "sweep_report", "predict", "plan")  # part of what an experiment is, not of how it is run
 DEFAULT_PRESET = "default"
 
 

@@ -1,0 +1,24 @@
+"""Presets and grids that the experiments on texts with codes share."""
+
+from collections.abc import Mapping
+
+from train.text2tree_config import METHODS
+
+PRESETS: dict[str, dict[str, object]] = {
+    "tiny": {
+        "encoder.name": "cnn", "encoder.words": 400, "encoder.filters": 8, "data.length": 32, "data.batch": 16,
+        "data.limit": 64, "epochs": 2, "bootstrap": 100,
+    },
+}
+
+
+def grids(without: tuple[str, ...] = ()) -> dict[str, Mapping[str, Mapping[str, object]]]:
+    """methods: each with its defaults, but for those that the kind of labels does not allow. paper: Text2Tree with
+    every weight and temperature of the authors' search (text2tree.md section 8), and plain; not their learning rates,
+    which are for encoders that are trained whole."""
+    paper = {f"gamma={gamma:g},tau={tau:g}": {"method.gamma": gamma, "method.tau": tau}
+             for gamma in (0.001, 0.005, 0.01, 0.05) for tau in (0.5, 1.0, 2.0, 3.0)}
+    return {
+        "methods": {name: {"method.name": name} for name in ("plain", *METHODS) if name not in without},
+        "paper": {"plain": {"method.name": "plain"}, **paper},
+    }
