@@ -4,6 +4,7 @@
 
     jaxmodels run text2tree_codiesp
     jaxmodels run text2tree_codiesp data.source=codiesp:es
+    jaxmodels run text2tree_codiesp data.chunks=8              # whole cases, not their first 128 tokens alone
     jaxmodels run text2tree_codiesp preset=tiny                # under a minute: checks an installation
 """
 

@@ -40,9 +40,11 @@ def test_it_answers_as_the_run_did(finished):
 
 
 @pytest.mark.long
-def test_frozen_layers_are_loaded_again_by_their_name(tmp_path):
+@pytest.mark.parametrize("options", [(), ("data.length=8", "data.chunks=3")])
+def test_frozen_layers_are_loaded_again_by_their_name(options, tmp_path):
     path = write(tmp_path / "notes.csv", count=100)
-    run(tmp_path / "out", path, f"encoder.name={bert_folder(tmp_path / 'bert')}", "encoder.frozen=1", "epochs=1")
+    run(tmp_path / "out", path, f"encoder.name={bert_folder(tmp_path / 'bert')}", "encoder.frozen=1", "epochs=1",
+        *options)
     (tmp_path / "notes.csv").rename(tmp_path / "elsewhere.csv")
     shutil.rmtree(next((tmp_path / "out").glob("data-*")))
     same_as_the_run(tmp_path / "out", tmp_path / "elsewhere.csv")

@@ -15,6 +15,7 @@ from train import text2tree
 from train.runtime.config import resolve
 from train.text2tree_config import METHODS
 from train.text_labels import label_states
+from train.text_reader import Reader, learned
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,27 @@ def test_one_code_a_text(method, tmp_path):
     assert "test.tfidf.accuracy_level_1" in found
 
 
+def test_long_texts_are_read_in_chunks():
+    reader = Reader(learned(["some words of a long text"] * 9, 300), None, None, None)
+    short, long = "words of a text", " ".join(["some words of a long text"] * 8)
+    whole, there = (a[1] for a in reader.tokens([short, long], 1000))
+    tokens, mask = reader.tokens([short, long], 16, chunks=99)
+    assert tokens.shape == (2, -(-(there.sum() - 2) // 14), 16) and mask.any(-1).sum(1).tolist() == [1, tokens.shape[1]]
+    inside = [row[m][1:-1] for row, m in zip(tokens[1], mask[1], strict=True)]  # without [CLS] and [SEP]
+    assert np.array_equal(np.concatenate(inside), whole[there][1:-1])
+    assert reader.tokens([short, long], 16, chunks=2)[0].shape == (2, 2, 16)
+    assert reader.tokens([short], 64, chunks=2)[0].shape == (1, 1, 16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["text2tree", "plain", "mixup", "recursive", "supcon"])
+def test_chunks_with_every_kind_of_loss(method, tmp_path):
+    path = write(tmp_path / "notes.csv")
+    found = run(tmp_path / "out", path, f"method.name={method}", "data.length=8", "data.chunks=3")
+    assert 0 < found["test.model.tuned_macro_f1"] <= 1
+    assert len(np.load(tmp_path / "out" / "model.npz")["head/attention"]) == 24
+
+
 def test_bad_input(tmp_path):
     path = write(tmp_path / "notes.csv")
     with pytest.raises(UserError, match="is for texts with one code"):
@@ -121,7 +143,8 @@ def test_bad_input(tmp_path):
 
 @pytest.mark.parametrize("override, message", [
     ("method.gamma=2", "method.gamma=2"), ("method.name=best", "method.name"), ("encoder.frozen=-1", "encoder.frozen"),
-    ("epochs=0", "epochs=0"), ("loop.style=pmap", "loop.style=pmap"),
+    ("epochs=0", "epochs=0"), ("data.chunks=0", "data.chunks=0 must be at least 1"),
+    ("loop.style=pmap", "loop.style=pmap"),
 ])
 def test_bad_values(override, message):
     with pytest.raises(UserError, match=message):

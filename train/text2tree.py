@@ -84,7 +84,7 @@ def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reade
         kind = np.float32 if source.multi_label else np.int32
         texts = sum((source.parts[split].texts for split in SPLITS), ())  # together: one width for all parts
         with folder.progress(1, "reading texts") as advance:
-            inputs = reader.inputs(texts, cfg.data.length, folder.check_stop)
+            inputs = reader.inputs(texts, cfg.data.length, cfg.data.chunks, folder.check_stop)
             advance()
         ends = np.cumsum([len(source.parts[split]) for split in SPLITS])
         for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False):
@@ -121,10 +121,11 @@ def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
         pieces = [reader.tokenizer.encode(tree.name_of(node), special=False) for node in range(len(tree))]
         mask = reader.tokenizer.inner.token_to_id("[MASK]")
         rows = label_rows(tree, pieces, whole.embed[...], mask)
+    options = Text2TreeConfig(loss_config(method), start=method.start, chunks=cfg.data.chunks > 1)
     # trained in place: a copy, so that a second model of the same reader begins alike
     encoder = nnx.clone(reader.encoder)
-    model = Text2Tree(encoder, outputs(cfg, tree), Text2TreeConfig(loss_config(method), start=method.start),
-                      tree=tree if ours else None, pooler=reader.pooler, label_rows=rows, rngs=nnx.Rngs(cfg.seed))
+    model = Text2Tree(encoder, outputs(cfg, tree), options, tree=tree if ours else None, pooler=reader.pooler,
+                      label_rows=rows, rngs=nnx.Rngs(cfg.seed))
     if method.name == "ldam_drw":
         model.taken = nnx.Variable(jnp.zeros((), jnp.int32))  # steps, see the objective
     return model
@@ -155,7 +156,7 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
     example = {name: jax.ShapeDtypeStruct((cfg.data.batch, *array.shape), array.dtype)
                for name, array in part[0].items()}
     best = Best(cfg, folder, plan, source, data, start)
-    tokens = cfg.data.batch * example["mask"].shape[1]
+    tokens = example["mask"].size
     task = loop.Task(plan, step, batches, example, tokens, 0.0, best.evaluate, best.over)
     trained = experiment.train(cfg, folder, task, mesh)
     step_of = max(best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
@@ -329,9 +330,9 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
     tree, multi_label = tree_from(classes), bool(classes["multi_label"])
     threshold = (read_json(folder / RESULTS) or {}).get("test.model.threshold") if multi_label else None
     reader = make_reader(cfg.encoder, None, cfg.seed, folder)
-    bare = Text2Tree(reader.encoder, outputs(cfg, tree), Text2TreeConfig(LossConfig("plain")), pooler=reader.pooler,
-                     rngs=nnx.Rngs(cfg.seed))
-    model = restored(bare, folder)
+    options = Text2TreeConfig(LossConfig("plain"), chunks=cfg.data.chunks > 1)
+    model = restored(Text2Tree(reader.encoder, outputs(cfg, tree), options, pooler=reader.pooler,
+                               rngs=nnx.Rngs(cfg.seed)), folder)
     path_columns = [f"level_{level}{end}" for level in range(1, tree.num_levels + 1) for end in ("", "_description")]
 
     def about(node: int) -> tuple[str, str]:
@@ -339,7 +340,7 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
 
     def rows() -> Iterator[tuple[int, tuple[Any, ...]]]:
         for start in range(0, len(texts), PIECE):
-            inputs = reader.inputs(texts[start:start + PIECE], cfg.data.length)
+            inputs = reader.inputs(texts[start:start + PIECE], cfg.data.length, cfg.data.chunks)
             scores = scores_of(model, tree, multi_label, inputs)
             given = scores >= threshold if multi_label else text_metrics.one_hot(scores.argmax(1), tree.num_classes)
             for i, (row, said) in enumerate(zip(scores, given, strict=True), start):

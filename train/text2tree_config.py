@@ -25,12 +25,13 @@ class TextDataConfig:
     split: str | None = None  # of train, dev and test; none: by a hash of the text, 64, 16 and 20 %
     tree: str = "codes"  # above the codes of a CSV: codes (their spelling), icd10cm, or a table of code and parent
     floor: int = 1  # training texts that a class needs
-    length: int = 128  # tokens of a text at most; of longer ones the beginning
+    length: int = 128  # tokens that the encoder reads at once
+    chunks: int = 1  # pieces of that length that are read of a text; 1: its beginning, else each code looks among them
     batch: int = 64  # texts of a step, over all devices
     limit: int | None = None  # texts of each part that are read at most, for trying things out
 
     def __post_init__(self):
-        for name, low in (("floor", 1), ("length", 8), ("batch", 2)):
+        for name, low in (("floor", 1), ("length", 8), ("chunks", 1), ("batch", 2)):
             if getattr(self, name) < low:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least {low}")
         if self.limit is not None and self.limit < self.batch:

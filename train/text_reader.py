@@ -13,7 +13,7 @@ from flax import nnx
 from jaxmodels.errors import UserError
 from jaxmodels.hub.resolve import resolve
 from jaxmodels.hub.tokenizer import Tokenizer, load_tokenizer
-from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder, batch_of, pretrained
+from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder, batch_of, chunks_of, pretrained
 from train.runtime.files import write_atomic
 from train.text2tree_config import TextEncoderConfig
 
@@ -32,21 +32,35 @@ class Reader:
     pooler: tuple[Any, Any] | None
     lower: nnx.Module | None
 
-    def tokens(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(int32[n, T], bool[n, T]), T at most length."""
+    def tokens(self, texts: Sequence[str], length: int, chunks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(int32[n, T], bool[n, T]), T at most length; where there may be several chunks a text [n, C, T]."""
         rows = self.tokenizer.encode_batch(texts)
-        longest = -(-max(map(len, rows), default=1) // STEP) * STEP
-        return batch_of(rows, min(length, longest))
+        longest = max(map(len, rows), default=1)
+        T = min(length, -(-longest // STEP) * STEP)
+        if chunks == 1:
+            return batch_of(rows, T)
+        needed = -(-(longest - 2) // (T - 2))  # each has a [CLS] and a [SEP] of its own
+        return chunks_of(rows, T, min(chunks, max(needed, 1)))
 
-    def inputs(self, texts: Sequence[str], length: int, check: Callable[[], None] = lambda: None
+    def inputs(self, texts: Sequence[str], length: int, chunks: int = 1, check: Callable[[], None] = lambda: None
                ) -> dict[str, np.ndarray]:
-        """What the trained part reads: tokens int32[n, T], or states float16[n, T, D]; and mask bool[n, T]."""
-        tokens, mask = self.tokens(texts, length)
+        """What the trained part reads: tokens int32[n, T], or states float16[n, T, D]; and mask bool[n, T].
+
+        With several chunks a text [n, C, T] each.
+        """
+        tokens, mask = self.tokens(texts, length, chunks)
         if self.lower is None:
             return {"tokens": tokens, "mask": mask}
+        T = mask.shape[-1]
+        states = self._states(tokens.reshape(-1, T), mask.reshape(-1, T), check)
+        return {"tokens": states.reshape(*mask.shape, -1), "mask": mask}
+
+    def _states(self, tokens: np.ndarray, mask: np.ndarray, check: Callable[[], None]) -> np.ndarray:
+        """Of the frozen layers, float16[n, T, D]; 0 where there is no token."""
         graphdef, state = nnx.split(self.lower)
         states = np.zeros((*tokens.shape, self.lower.cfg.d_model), STORED)
         order = np.argsort(mask.sum(1), kind="stable")  # batches of like length, that little is spent on padding
+        order = order[np.count_nonzero(~mask.any(1)):]  # without chunks that a text lacks
         batch = min(BATCH, len(order))
         for start in range(0, len(order), batch):
             check()
@@ -55,7 +69,7 @@ class Reader:
             width = min(-(-int(mask[here].sum(1).max()) // STEP) * STEP, tokens.shape[1])
             states[here, :width] = _hidden(graphdef, state, tokens[here, :width], mask[here, :width])
         states[~mask] = 0
-        return {"tokens": states, "mask": mask}
+        return states
 
 
 def make_reader(cfg: TextEncoderConfig, texts: Sequence[str] | None, seed: int, folder: Path) -> Reader:

@@ -64,7 +64,8 @@ class CodedTextsObjective:
         if name in OVER_NODES:
             nodes = jnp.asarray(self.tree.ancestors()[:, 1:], jnp.float32)
             every = nodes[labels] if labels.ndim == 1 else jnp.minimum(labels @ nodes, 1)
-            apart = baselines.recursive_regulariser(model.head.out[...], self.tree, method.strength) \
+            last = getattr(model.head, "pooled", model.head).out[...]  # of a head over chunks, or over one vector
+            apart = baselines.recursive_regulariser(last, self.tree, method.strength) \
                 if name == "recursive" else 0.0
             return masked_mean(baselines.plain(logits, every), None) + apart
         weights = {"reweight": baselines.reweight, "reweight_official": baselines.reweight_official,
