@@ -12,8 +12,8 @@ supported, not supported or not decidable, and why.
     jaxmodels run esm_knowledge_neurons tuned=runs/esm_enzyme-0123abcd,runs/esm_enzyme-4567cdef
 
 Two cores decide the sizes: a mask costs a pass over the test proteins, and there are about 1,300 of them. So proteins
-are read up to 190 residues, 24 of each class, and contributions take 8 Gauss-Legendre nodes, 16 where the sum misses
-the change by more than 1 %. On a GPU take score.length=1024 score.steps=20 score.max_steps=80 keep.proteins=none.
+are read up to 190 residues, 24 of each class, and contributions are of 8 proteins of each class, those of single sites
+of 2. On a GPU take score.length=1024 score.max_steps=80 score.gate_examples=none keep.proteins=none.
 """
 
 from analysis.knowledge_neurons.config import StudyConfig
@@ -38,7 +38,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "pretrain.loop.evaluate_every": 100, "pretrain.loop.save_every": 100, "pretrain.data.validation_rows": 64,
         "seeds": 1, "enzyme.loop.steps": 128, "enzyme.loop.evaluate_every": 32, "enzyme.loop.save_every": 64,
         "enzyme.data.external": False, "enzyme.bootstrap": 500,
-        "score.length": 128, "score.gate_examples": 4, "score.site_examples": 2,
+        "score.length": 128, "score.gate_examples": 4, "score.site_examples": 2, "score.steps": 8,
+        "score.max_steps": 16,
         "keep.shares": (0.02, 0.1, 0.3, 1.0), "keep.seeds": 1, "keep.proteins": 12, "keep.site_shares": (0.1,),
         "keep.retrain_shares": (),  # four epochs of training: as long as all the rest
     },

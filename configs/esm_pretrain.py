@@ -4,6 +4,9 @@ Reads UniProt entries (uniprot20k: 19,188 distinct sequences) or a FASTA file, h
 packs proteins into rows and asks for 15 % of their residues. The report shows perplexity beside two floors that know no
 network (composition; the two neighbours), for all questions and for hidden residues alone. See docs/proteins.md.
 
+Recorded (2026-11-25, 3,000 steps, 1.2 million parameters): perplexity 14.3 over all questions, floors 15.17 and 15.07;
+16.95 over hidden residues, floors 18.09 and 17.98. 74 minutes beside other work; a step takes 0.6 s on two free cores.
+
     jaxmodels run esm_pretrain
     jaxmodels run esm_pretrain preset=tiny                              # under a minute: checks an installation
     jaxmodels run esm_pretrain data.source=path:mine.fasta model.size=esm2_8m
@@ -20,7 +23,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "quick": {"loop.steps": 200, "loop.evaluate_every": 100, "loop.save_every": 100, "data.validation_rows": 64},
 }
 NEEDS = ("uniprot20k",)
-MINUTES: dict[str, float] = {}
+MINUTES: dict[str, float] = {"default": 74}
 
 
 def get_config() -> ProteinPretrainConfig:

@@ -26,8 +26,8 @@ class ScoreConfig:
     counted: Literal["all", "residues"] = "all"  # tokens that a sum of contributions is over; residues: no <cls>, <eos>
     modes: tuple[Literal["gate", "site"], ...] = ("gate", "site")  # paths of integrated gradients
     baselines: tuple[Baseline, ...] = ("zero", "mean")
-    steps: int = 8  # Gauss-Legendre nodes
-    max_steps: int = 16  # doubled up to so many where the sum misses the change by more than 1 %
+    steps: int = 20  # Gauss-Legendre nodes
+    max_steps: int = 40  # doubled up to so many where the sum misses the change by more than 1 %
     gate_examples: int | None = 8  # correctly classified proteins of each class; none: all
     site_examples: int | None = 2  # the same for `site`, which costs about 6 L times as much
 
