@@ -104,7 +104,7 @@ def test_what_it_refuses(words, told, finished, tmp_path, monkeypatch, capsys):
     for name in ("other", "stopped", "lost"):
         (tmp_path / name).mkdir()
         about = json.loads((finished[1] / "config.json").read_text())
-        about = {"name": "atlas", "config": {"entry": "x"}} if name == "other" else about
+        about = {"name": "atlas", "config": {"predict": "os:abort"}} if name == "other" else about  # not to be called
         (tmp_path / name / "config.json").write_text(json.dumps(about))
         status = "interrupted" if name == "stopped" else "complete"
         (tmp_path / name / "results.json").write_text(json.dumps({"status": status}))

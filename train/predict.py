@@ -1,7 +1,8 @@
 """What ``jaxmodels predict RUN`` does for every experiment: which run, which texts, where the answers go.
 
 An experiment whose runs predict names a function in its config, ``predict = "module:function"``, called as
-``function(config, folder, texts, top)`` and giving `Predictions`. config: what config.json records under that name.
+``function(config, folder, texts, top)`` and giving `Predictions`. config: what config.json records under that name. The
+function is that of the installed experiment: a folder from elsewhere must not choose what is called.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 from jaxmodels.errors import UserError
 from train.data.coded_texts import csv_rows
-from train.runtime.config import load_function
+from train.runtime.config import experiment_names, find, load_function
 from train.runtime.files import read_json, write_atomic
 from train.runtime.run_folder import CONFIG, RESULTS
 
@@ -36,7 +37,7 @@ def predict(run: str | Path, texts: Sequence[str], top: int | None = None) -> Pr
 
     Raises UserError for a folder that is no finished run of an experiment that predicts, for empty texts and top < 1.
     """
-    config = finished(Path(run))
+    function, config = finished(Path(run))
     if top is not None and top < 1:
         raise UserError(f"--top {top}: it must be at least 1")
     if not texts:
@@ -44,22 +45,23 @@ def predict(run: str | Path, texts: Sequence[str], top: int | None = None) -> Pr
     if empty := [i + 1 for i, text in enumerate(texts) if not text.strip()]:
         raise UserError(f"{_some(empty)} of {len(texts)} texts {'are' if len(empty) > 1 else 'is'} empty; fill or drop "
                         f"{'them' if len(empty) > 1 else 'it'}")
-    return load_function(config["predict"])(config, Path(run), texts, top)
+    return load_function(function)(config, Path(run), texts, top)
 
 
-def finished(run: Path) -> Mapping[str, Any]:
-    """The config of a run that has come to its end and whose experiment predicts; UserError for others."""
+def finished(run: Path) -> tuple[str, Mapping[str, Any]]:
+    """(what predicts, the config) of a run at its end whose experiment predicts; UserError for others."""
     about = read_json(run / CONFIG) if run.is_dir() else None
     if about is None:
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}; give the folder that a run has written")
-    config = about.get("config") or {}
-    if not config.get("predict"):
+    name = str(about.get("name")).partition("/")[0].removesuffix("-sweep")  # of a trial: its experiment's
+    function = getattr(find(name).get_config(), "predict", None) if name in experiment_names() else None
+    if not function:
         raise UserError(f"{run} is a run of {about.get('name')}, which predicts nothing; give a run of text2tree or "
                         "another experiment that does")
     status = (read_json(run / RESULTS) or {}).get("status", "not begun")
     if status != "complete":
         raise UserError(f"{run} is not finished (status: {status}); run it to its end first, with the same command")
-    return config
+    return function, about.get("config") or {}
 
 
 def read_column(path: str | Path, column: str) -> tuple[list[str], dict[str, int]]:
