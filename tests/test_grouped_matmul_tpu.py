@@ -131,7 +131,8 @@ def test_group_patterns_without_races(races, config, sizes):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("transpose_w, config", [(False, BLOCKS), (True, SMALL)], ids=["blocks", "transposed_whole"])
+@pytest.mark.parametrize("transpose_w, config", [pytest.param(False, BLOCKS, id="blocks"), pytest.param(
+    True, SMALL, id="transposed_whole", marks=pytest.mark.long)])
 def test_group_patterns_in_one_compilation(plain, transpose_w, config):
     """All patterns of empty groups; one group gets all, all equal, one row each, around the tile of 32 rows, primes."""
     rng, rows = np.random.default_rng(1), 104

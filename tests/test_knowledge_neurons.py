@@ -554,6 +554,7 @@ def test_the_study_answers_every_claim(finished):
         assert words in page
 
 
+@pytest.mark.long
 def test_a_study_goes_on_where_it_stopped(finished, source, tuned, tmp_path, monkeypatch):
     """Stopped while scoring, and again while keeping."""
     results, whole = finished

@@ -136,6 +136,7 @@ def test_inference_does_not_touch_the_label_states():
     assert np.allclose(predictions(logits, True), 1 / (1 + np.exp(-np.asarray(logits))), atol=1e-6)
 
 
+@pytest.mark.long
 def test_chunks_of_long_texts():
     """Padding chunks count nothing; with one chunk, label attention is a plain head; mixtures are of whole texts."""
     one = model("mean", chunks=True)
