@@ -91,6 +91,7 @@ def _mixed(share, probability, logit, output):
     return share * probability(output) + (1 - share) * logit(output)
 
 
+@pytest.mark.long
 def test_the_rule_of_the_original_program(golden):
     model, tokens, arrays = golden
     target = class_probability(arrays["target"].reshape(1))

@@ -136,6 +136,7 @@ def test_the_check_sees(product):
             assert grouped_matmul.check(inputs, sizes, bad).startswith(message), (distribution, message)
 
 
+@pytest.mark.long
 def test_inputs_exceed_the_cache():
     """Twice its size, and experts that only few rows read are rotated."""
     point = Point(_shapes.decode("E=64 top-4", 1), dtype="float32", distributions=("random",))

@@ -281,6 +281,7 @@ def test_pretraining_tells_floors_and_leaves_a_model(pretrained):
     assert "floor.unigram_perplexity" in build(out).read_text()
 
 
+@pytest.mark.long
 def test_pretraining_goes_on_where_it_stopped(pretrained, tmp_path, monkeypatch):
     _, whole, overrides = pretrained
     out = tmp_path / "halves"

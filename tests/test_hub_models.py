@@ -203,6 +203,7 @@ def test_a_tokenizer_without_template_and_special_tokens():
     assert not {"bos_token", "eos_token", "pad_token", "chat_template"} & set(config)
 
 
+@pytest.mark.long
 def test_the_real_tokenizer_travels_with_the_weights(tmp_path):
     """Out of the GGUF file, into a folder that transformers reads."""
     try:

@@ -36,7 +36,8 @@ def start(*arguments):
                           text=True, timeout=300)
 
 
-@pytest.fixture(scope="module", params=["lm_dense_pretrain", pytest.param("lm_moe_pretrain", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.long) for name in (
+    "lm_dense_pretrain", "lm_moe_pretrain")])
 def run(request, tmp_path_factory):
     """A tiny run over folders of text that anybody can read in a glance; no TensorFlow in the whole of it."""
     text = tmp_path_factory.mktemp("text")

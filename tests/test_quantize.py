@@ -53,6 +53,7 @@ def test_gradients_are_near_and_products_are_small(kind, letters, limit):
     assert 0 < distance < limit and float(loss) == pytest.approx(float(exact_loss), rel=0.02)
 
 
+@pytest.mark.long
 @needs_qwix
 def test_experts_and_routers_stay_exact():
     from train.quantize import quantize

@@ -72,6 +72,7 @@ def test_what_is_kept_of_the_labels(finished):
     assert all(example["code"] in example["codes"] and len(example["text"]) <= 303 for example in examples)
 
 
+@pytest.mark.long
 def test_shares_of_attention_are_those_of_families():
     tree = LabelTree.from_codes([*CODES, "B20"])
     dense, sparse = (LabelEmbeddings(tree, HlrConfig(4, attention=kind), rngs=nnx.Rngs(0))

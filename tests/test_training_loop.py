@@ -152,6 +152,7 @@ def test_accumulation_and_styles_run_in_the_loop(tmp_path):
     np.testing.assert_allclose(losses["per_device"], losses["plain"], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_nothing_crosses_to_the_device_unasked(tmp_path):
     """Metrics leave one step late and batches come through explicit copies: no implicit transfer in a whole run."""
     with jax.transfer_guard("disallow"):
