@@ -53,7 +53,7 @@ run: env
 	@$(VENV)/bin/jaxmodels run atlas preset=quick $(ARGS)
 
 # Two workers, a file to a worker, one thread each: two cores without threads fighting for them. Most of the time goes
-# into compiling, so here LLVM does not optimise; .ci/run and test-all test what users run (QUICK=).
+# into compiling, so here LLVM does not optimise; the long tests and test-all are compiled as users do (QUICK=).
 QUICK ?= --xla_backend_optimization_level=0
 test: env
 	OMP_NUM_THREADS=1 XLA_FLAGS="$(strip $(XLA_FLAGS) $(QUICK))" $(PY) -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
