@@ -40,7 +40,6 @@ from train.text_reader import Reader, make_reader
 
 SPLITS = ("train", "dev", "test")
 CHOSEN_BY = "dev_macro_f1"
-DROPPED = 0.2  # share of the steps at the end in which ldam_drw weighs classes
 
 
 def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
@@ -150,7 +149,7 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
     optimizer, schedule = make_tuner(cfg)
     plan = blueprint(lambda key: start, optimizer, mesh, seed=cfg.seed)
     objective = CodedTextsObjective(cfg.method, tuple(source.train_counts.tolist()), len(labels), source.tree,
-                                    round((1 - DROPPED) * cfg.loop.steps))
+                                    cfg.loop.steps)
     step = TrainStep(plan.graphdef, objective, optimizer, cfg.loop.accumulate, schedule)
     batches = experiment.batches_of(cfg, rows, f"{cfg.data.name}/train")
     example = {name: jax.ShapeDtypeStruct((cfg.data.batch, *array.shape), array.dtype)

@@ -137,16 +137,14 @@ def recursive_regulariser(weight: jax.Array, tree: LabelTree, strength: float = 
     return strength * (apart * apart).sum() / 2
 
 
-def hierarchical_targets(labels: np.ndarray, tree: LabelTree) -> np.ndarray:
+def hierarchical_targets(labels: jax.Array, tree: LabelTree) -> jax.Array:
     """{0, 1}[n, K] or int[n] -> float32[n, N - 1]: all nodes but the root, the ancestors of a class set with it.
 
     The head then has N - 1 outputs, of which ``logits[:, tree.leaf_index - 1]`` are the classes.
     """
-    labels = np.asarray(labels)
-    closure = tree.ancestors()[:, 1:]
-    if labels.ndim == 1:
-        return closure[labels].astype(np.float32)
-    return (labels.astype(np.float32) @ closure > 0).astype(np.float32)
+    closure = jnp.asarray(tree.ancestors()[:, 1:], jnp.float32)
+    labels = jnp.asarray(labels)
+    return closure[labels] if labels.ndim == 1 else jnp.minimum(labels.astype(jnp.float32) @ closure, 1)
 
 
 # Sampling

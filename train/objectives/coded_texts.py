@@ -24,15 +24,15 @@ OVER_NODES = ("htc", "recursive")  # methods whose head has an output for every 
 class CodedTextsObjective:
     """Batch: tokens (or stored states), mask bool[B, T], labels int32[B] or float32[B, K].
 
-    counts: training texts of each class, of ``texts``. tree: its classes are theirs. late: the step from which
-    ldam_drw weighs classes; a model that is trained so counts steps in ``taken``.
+    counts: training texts of each class, of ``texts``. tree: its classes are theirs. steps: of the whole training,
+    which ldam_drw asks for; a model that is trained so counts its steps in ``taken``.
     """
 
     method: MethodConfig
     counts: tuple[int, ...]
     texts: int
     tree: LabelTree
-    late: int = 0
+    steps: int = 1
 
     def loss(self, model: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Sums]:
         """(mean loss times texts, sums): weight (texts), nll, and each part of Text2Tree's loss."""
@@ -62,8 +62,7 @@ class CodedTextsObjective:
             return baselines.mixup(extra, features, labels, head, method.mixup_alpha).mean()
         logits = model.head(features, outside)
         if name in OVER_NODES:
-            nodes = jnp.asarray(self.tree.ancestors()[:, 1:], jnp.float32)
-            every = nodes[labels] if labels.ndim == 1 else jnp.minimum(labels @ nodes, 1)
+            every = baselines.hierarchical_targets(labels, self.tree)
             last = getattr(model.head, "pooled", model.head).out[...]  # of a head over chunks, or over one vector
             apart = baselines.recursive_regulariser(last, self.tree, method.strength) \
                 if name == "recursive" else 0.0
@@ -77,8 +76,7 @@ class CodedTextsObjective:
         if name == "db":
             return baselines.distribution_balanced(logits, labels, counts, self.texts).mean()
         if name == "ldam_drw":
-            balanced = jnp.asarray(baselines.class_balanced(counts, 0.9999))
-            weights = jnp.where(model.taken[...] >= self.late, balanced, 1.0)
+            weights = baselines.deferred(model.taken[...], self.steps, counts)
             return baselines.margin(logits, labels, counts, 1.0, weights=weights).mean()  # no cosines: scale 1
         if name == "logit_adjustment":
             return baselines.logit_adjusted(logits, labels, counts, self.texts).mean()
