@@ -137,7 +137,7 @@ def recursive_regulariser(weight: jax.Array, tree: LabelTree, strength: float = 
     return strength * (apart * apart).sum() / 2
 
 
-def hierarchical_targets(labels: jax.Array, tree: LabelTree) -> jax.Array:
+def hierarchical_targets(labels: jax.Array | np.ndarray, tree: LabelTree) -> jax.Array:
     """{0, 1}[n, K] or int[n] -> float32[n, N - 1]: all nodes but the root, the ancestors of a class set with it.
 
     The head then has N - 1 outputs, of which ``logits[:, tree.leaf_index - 1]`` are the classes.
