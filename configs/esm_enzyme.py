@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "data.limit": 60, "data.external": False, "settings": ("strict",), "bootstrap": 200, "loop.steps": 12,
         "loop.evaluate_every": 6, "loop.save_every": 6,
     },
-    "quick": {"data.length": 512, "loop.steps": 64, "loop.evaluate_every": 16, "settings": ("strict",)},
+    "quick": {"loop.steps": 192, "loop.evaluate_every": 48, "settings": ("strict",)},
 }
 NEEDS = ("enzyme_ec", "nrpdb_ec", "care_task1")
 MINUTES: dict[str, float] = {}

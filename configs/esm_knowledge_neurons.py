@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "quick": {
         "pretrain.model.d_model": 64, "pretrain.model.layers": 4, "pretrain.loop.steps": 200,
         "pretrain.loop.evaluate_every": 100, "pretrain.loop.save_every": 100, "pretrain.data.validation_rows": 64,
-        "seeds": 1, "enzyme.loop.steps": 128, "enzyme.loop.evaluate_every": 32, "enzyme.loop.save_every": 64,
+        "seeds": 1, "enzyme.loop.steps": 256, "enzyme.loop.evaluate_every": 64, "enzyme.loop.save_every": 128,
         "enzyme.data.external": False, "enzyme.bootstrap": 500,
         "score.length": 128, "score.gate_examples": 4, "score.site_examples": 2, "score.steps": 8,
         "score.max_steps": 16,

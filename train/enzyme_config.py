@@ -13,8 +13,8 @@ class EnzymeDataConfig:
     """What is read."""
 
     source: str = "enzyme_ec"
-    length: int = 1024  # tokens of a row; several proteins share one. Longer proteins are cut at length - 2 residues
-    batch: int = 16  # rows of a step, over all devices
+    length: int = 512  # tokens of a row; several proteins share one. Longer proteins are cut at length - 2 residues
+    batch: int = 4  # rows of a step, over all devices: about six proteins
     limit: int | None = None  # proteins of each part that are read at most, for trying things out
     external: bool = True  # test on nrpdb_ec's identity strata and on care_task1 too, where they are here
 
@@ -30,11 +30,11 @@ class EnzymeDataConfig:
 class TuneConfig:
     """How a pre-trained encoder is made to follow; a head from random weights moves at optimizer.learning_rate."""
 
-    trunk: float = 0.2  # rate of the encoder's top, as a share of the head's (the spec's 2e-5 for 1e-4)
+    trunk: float = 0.5  # rate of the encoder's top, as a share of the head's; large encoders want 0.2 and less
     layer_decay: float = 0.9  # of the rate, from each layer to the one below
     pool: Literal["mean", "cls"] = "mean"  # what the head reads
     weighted: bool = True  # weigh classes by the inverse square root of their frequency
-    patience: int = 4  # evaluations without a better validation macro-F1 that end the training
+    patience: int = 8  # evaluations without a better validation macro-F1 that end the training
 
     def __post_init__(self):
         if not self.trunk >= 0:
@@ -53,11 +53,11 @@ class EnzymeConfig:
     model: EncoderConfig = EncoderConfig()  # read only without `pretrained`
     data: EnzymeDataConfig = EnzymeDataConfig()
     tune: TuneConfig = TuneConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, schedule="cosine", beta2=0.98, weight_decay=0.01)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, schedule="cosine", beta2=0.98, weight_decay=0.01)
     settings: tuple[Literal["strict", "easy"], ...] = ("strict", "easy")  # easy: train on near_eval's homologs too
     bootstrap: int = 2000  # draws behind every interval
     mesh: MeshConfig = MeshConfig()
-    loop: LoopConfig = LoopConfig(steps=320, evaluate_every=32, save_every=64)
+    loop: LoopConfig = LoopConfig(steps=1024, evaluate_every=64, save_every=128)
     seed: int = 0
     entry: str = "train.enzyme:run"
     report: str = "analysis.enzyme_report:build"

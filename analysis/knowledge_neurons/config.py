@@ -5,9 +5,8 @@ from typing import Literal
 
 from analysis.knowledge_neurons.methods import BUDGETS, METHODS
 from jaxmodels.errors import UserError
-from train.enzyme_config import EnzymeConfig, EnzymeDataConfig
+from train.enzyme_config import EnzymeConfig
 from train.protein_config import ProteinPretrainConfig
-from train.settings import LoopConfig
 
 Baseline = Literal["zero", "mean"]
 
@@ -101,9 +100,7 @@ class StudyConfig:
     tuned: str = "here"  # here: fine-tune, a stage a seed; or runs of esm_enzyme (or models of 7 classes), by commas
     seeds: int = 3  # fine-tunings, from enzyme.seed on; not read with `tuned`
     pretrain: ProteinPretrainConfig = ProteinPretrainConfig()
-    enzyme: EnzymeConfig = EnzymeConfig(
-        settings=("strict",), data=EnzymeDataConfig(length=512, batch=8),
-        loop=LoopConfig(steps=512, evaluate_every=64, save_every=128))  # 4 epochs, half of one between evaluations
+    enzyme: EnzymeConfig = EnzymeConfig(settings=("strict",))
     score: ScoreConfig = ScoreConfig()
     keep: KeepConfig = KeepConfig()
     where: WhereConfig = WhereConfig()
