@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.errors import UserError
-from train.data.coded_texts import Columns, coded_texts, hashed
+from train.data.coded_texts import Columns, code_names, coded_texts, hashed
 
 CODES = ("A41.9", "A41.0", "B20", "I10")
 
@@ -88,14 +88,26 @@ def test_bad_names_splits_trees_and_bytes(tmp_path):
     assert coded_texts(name, columns=Columns(split="split")).counts["invalid_utf8"] == 1
 
 
+def test_names_of_codes(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXMODELS_DATA", str(tmp_path))
+    (tmp_path / "mesh_tree_2019.tsv.gz").write_text("tree_number\tname\nA01\tBody\nA02\tBone\nB01\tBody\n")
+    assert code_names(f"mesh_pubmed:{tmp_path}") == ("Body", "Bone")
+    assert code_names("icd_phrases") == code_names(f"path:{tmp_path}/a.csv") == ()
+    with pytest.raises(UserError, match="is not here; get it with"):
+        code_names("mesh_pubmed")
+
+
 def test_the_real_sets(data_folder):
     mesh = coded_texts("mesh_pubmed")
     assert [len(mesh.parts[split]) for split in ("train", "dev", "test")] == [1861, 249, 490]
     assert (len(mesh.tree), mesh.tree.num_classes, mesh.tree.num_levels) == (167, 100, 3)
     assert 8.4 < np.concatenate([part.labels for part in mesh.parts.values()]).sum(1).mean() < 8.6
+    headings = code_names("mesh_pubmed")
+    assert len(headings) == len(set(headings)) == 29_062 and "Urogenital System" in headings
     codiesp = coded_texts("codiesp", floor=5)
     assert len(codiesp.parts["test"]) == 250 and codiesp.tree.num_classes == 230
     assert len(codiesp.parts["train"]) + len(codiesp.parts["dev"]) == 500
+    assert code_names("codiesp") == code_names("path:notes.csv", "icd10cm") and "Cholera" in code_names("codiesp")
     phrases = coded_texts("icd_phrases")
     assert not phrases.multi_label and (len(phrases.tree), phrases.tree.num_classes) == (2226, 1918)
     assert len(phrases.parts["test"]) == 13_487

@@ -14,26 +14,25 @@ import collections
 import csv
 import dataclasses
 import functools
-import gzip
 import hashlib
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree.tree import LabelTree
 from train.data.locate import Source, read
+from train.data.tables import json_lines, one, table, text_of
 from train.data.text import decode
 from train.runtime.config import did_you_mean
 
 SPLITS = ("train", "dev", "test")
-TREE_FILE, MESH_LABELS = "icd10cm_2026_tree.tsv.gz", "text2tree_top100_labels.json"
+TREE_FILE, MESH_LABELS, MESH_TREE = ("icd10cm_2026_tree.tsv.gz", "text2tree_top100_labels.json",
+                                     "mesh_tree_2019.tsv.gz")
 _SEPARATORS = re.compile(r"[;|,\s]+")
 _SHARES = (("train", 64), ("dev", 16), ("test", 20))  # of a user's texts, in percent (spec section 8)
 _SHOWN = 5  # rows that an error names
@@ -114,6 +113,23 @@ def coded_texts(name: str, *, floor: int = 1, columns: Columns = Columns(), tree
     return _labelled(parts, whole, multi, floor, collections.Counter(counts), name)
 
 
+def code_names(name: str, tree: str = "codes") -> tuple[str, ...]:
+    """What all codes of a task's system are called, to learn words from: MeSH's headings, or the descriptions of
+    ICD-10-CM. None for ``icd_phrases``, whose own texts they are, held-out ones among them, nor for other trees.
+
+    name, tree: as `coded_texts` takes them. Raises UserError for a source that is not here.
+    """
+    kind = name.partition(":")[0]
+    if kind == "mesh_pubmed":
+        def headings(path: Path, name: str, license: str) -> list[str]:
+            return [row["name"] for row in table(_one(path, MESH_TREE, name), ("tree_number", "name"))]
+
+        return tuple(dict.fromkeys(read(dataclasses.replace(SOURCES[kind], read=headings), name)))
+    if kind == "codiesp" or (kind == "path" and tree == "icd10cm"):
+        return tuple(dict.fromkeys(_whole_icd10cm().descriptions.values()))
+    return ()
+
+
 def _labelled(parts: Mapping[str, list[Text]], whole: Callable[[Sequence[str]], LabelTree], multi: bool, floor: int,
               counts: collections.Counter, name: str) -> CodedTexts:
     seen = collections.Counter(code for row in parts["train"] for code in set(row.codes))
@@ -163,6 +179,11 @@ def hashed(text: str, shares: Sequence[tuple[str, int]]) -> str:
     return shares[-1][0]
 
 
+def _one(path: Path, file: str, name: str) -> Path:
+    """`file` in a source's folder, of which `path` may name any file: a source has several."""
+    return one(path if path.is_dir() else path.parent, file, name)
+
+
 # Readers: (path, name, license) -> a function of what follows the colon -> (rows, counts, classes -> tree)
 
 Read = tuple[list[Text], dict[str, int], Callable[[Sequence[str]], LabelTree]]
@@ -170,10 +191,10 @@ Read = tuple[list[Text], dict[str, int], Callable[[Sequence[str]], LabelTree]]
 
 def _read_mesh(path: Path, name: str, license: str) -> Callable[[str], Read]:
     def rows_of(rest: str) -> Read:
-        labels = json.loads(_text_of(_one(path, MESH_LABELS, name)))
+        labels = json.loads(text_of(_one(path, MESH_LABELS, name)))
         names = {leaf["id"]: leaf["name"] for leaf in labels["leaves"]}
         rows, left = [], 0
-        for row in _json_lines(_one(path, "pubmed_mesh_2600.jsonl.gz", name)):
+        for row in json_lines(_one(path, "pubmed_mesh_2600.jsonl.gz", name)):
             every = {".".join(number.split(".")[:2]) for numbers in row["mesh_ids"] for number in numbers}
             left += len(every - names.keys())
             rows.append(Text(row["pmid"], row["abstract"], tuple(sorted(every & names.keys())), row["split"]))
@@ -189,7 +210,7 @@ def _read_codiesp(path: Path, name: str, license: str) -> Callable[[str], Read]:
         if language not in ("en", "es"):
             raise UserError(f"{name}:{language}: the cases are in en and es; choose one")
         rows = []
-        for row in _json_lines(_one(path, "codiesp.jsonl.gz", name)):
+        for row in json_lines(_one(path, "codiesp.jsonl.gz", name)):
             # the official development part is tested on: the official test part has no public codes
             split = "test" if row["split"] == "dev" else hashed(row["text_en"], (("dev", 10), ("train", 90)))
             codes = tuple(sorted({code.partition(".")[0] for code in row["codes_d"]}))
@@ -201,7 +222,7 @@ def _read_codiesp(path: Path, name: str, license: str) -> Callable[[str], Read]:
 
 def _read_phrases(path: Path, name: str, license: str) -> Callable[[str], Read]:
     def rows_of(rest: str) -> Read:
-        tree = _tree_rows(_one(path, TREE_FILE, name))
+        tree = list(table(_one(path, TREE_FILE, name), ("code", "parent", "level", "description", "inclusion_terms")))
         level, parent = ({row["code"]: row[key] for row in tree} for key in ("level", "parent"))
         rows, sizes = [], collections.Counter()
 
@@ -217,7 +238,7 @@ def _read_phrases(path: Path, name: str, license: str) -> Callable[[str], Read]:
             # of a category's descriptions the first, its own, is always trained on
             split = "train" if sizes[code] == 1 else hashed(row["description"], (("dev", 5), ("train", 95)))
             rows.append(Text(row["code"], row["description"], (code,), split))
-            terms = [term.strip() for term in (row["inclusion_terms"] or "").split(" | ") if term.strip()]
+            terms = [term.strip() for term in row["inclusion_terms"].split(" | ") if term.strip()]
             rows += [Text(f"{row['code']} {i}", term, (code,), "test") for i, term in enumerate(terms)]
         return rows, {}, _icd10cm
 
@@ -309,36 +330,3 @@ def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
     if short:
         raise UserError(f"{path}: {len(short)} rows have too few columns, lines {', '.join(map(str, short[:_SHOWN]))}"
                         f"{' ...' if len(short) > _SHOWN else ''}; quote texts with commas or line breaks")
-
-
-# Files
-
-
-def _one(path: Path, file: str, name: str) -> Path:
-    found = path / file if path.is_dir() else path.parent / file
-    if not found.is_file():
-        raise UserError(f"{name}: {found} is missing; put {file} there")
-    return found
-
-
-def _text_of(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); fetch it again") from error
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_text_of(path).splitlines(), 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}: line {number} is not JSON; fetch the file again") from None
-
-
-def _tree_rows(path: Path) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(_text_of(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
-    if not rows or "inclusion_terms" not in rows[0]:
-        raise UserError(f"{path} has no rows with inclusion terms; fetch it again")
-    return rows

@@ -10,11 +10,7 @@
 Sequences are cleaned as ``jaxmodels.esm.fasta.clean`` says; what was changed or left out is counted and returned.
 """
 
-import csv
 import dataclasses
-import gzip
-import io
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +19,7 @@ from typing import NamedTuple
 from jaxmodels.errors import UserError
 from jaxmodels.esm.fasta import clean, read_fasta
 from train.data.locate import Source, read
+from train.data.tables import one, table
 from train.runtime.config import did_you_mean
 
 STRATA = ("le30", "le40", "le50", "le70", "le95")  # nrpdb_ec: below so many % identity to DeepFRI's training chains
@@ -93,19 +90,19 @@ def crops(sequence: str, longest: int) -> list[str]:
 def _read_uniprot(path: Path, name: str, license: str) -> Proteins:
     tables, fastas = _files(path, (".tsv", ".tsv.gz")), _files(path, _FASTA)
     if tables:
-        return _collect((row["accession"], row["sequence"], {}) for row in _table(tables[0], ("accession", "sequence")))
+        return _collect((row["accession"], row["sequence"], {}) for row in table(tables[0], ("accession", "sequence")))
     if fastas:
         return _from_fasta(fastas)
     raise UserError(f"{name}: {path} holds neither uniprot20k.tsv.gz nor FASTA files; put one of them there")
 
 
 def _read_enzymes(path: Path, name: str, license: str) -> Proteins:
-    rows = _table(_one(path, "enzyme_ec.tsv.gz", name), ("id", "ec", "split", "sequence"))
+    rows = table(one(path, "enzyme_ec.tsv.gz", name), ("id", "ec", "split", "sequence"))
     return _collect((row["id"], row["sequence"], {"ec": _numbers(row["ec"]), "split": row["split"]}) for row in rows)
 
 
 def _read_chains(path: Path, name: str, license: str) -> Proteins:
-    rows = _table(_one(path, "test_sequences.tsv.gz", name), ("pdb_chain", "ec", "sequence", *STRATA))
+    rows = table(one(path, "test_sequences.tsv.gz", name), ("pdb_chain", "ec", "sequence", *STRATA))
 
     def fields(row: Mapping[str, str]) -> dict:
         strata = tuple(stratum for stratum in STRATA if row[stratum] == "1")
@@ -117,7 +114,7 @@ def _read_chains(path: Path, name: str, license: str) -> Proteins:
 def _read_care(path: Path, name: str, license: str) -> Proteins:
     def rows() -> Iterator[tuple[str, str, dict]]:
         for split, file in CARE_FILES.items():
-            for row in _table(_one(path, file, name), ("Entry", "Sequence", "EC number"), ","):
+            for row in table(one(path, file, name), ("Entry", "Sequence", "EC number"), ","):
                 yield row["Entry"], row["Sequence"], {"ec": _numbers(row["EC number"], ";"), "split": split}
 
     return _collect(rows())
@@ -169,33 +166,6 @@ def _numbers(text: str, separator: str = ",") -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(separator) if part.strip())
 
 
-def _one(path: Path, file: str, name: str) -> Path:
-    """`file` in the folder `path`, or the file `path` itself."""
-    found = path / file if path.is_dir() else path
-    if not found.is_file():
-        raise UserError(f"{name}: {found} is missing; put {file} there")
-    return found
-
-
 def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
     every = sorted(path.iterdir()) if path.is_dir() else [path]
     return [file for file in every if file.name.endswith(endings)]
-
-
-def _table(path: Path, columns: tuple[str, ...], separator: str = "\t") -> Iterator[dict[str, str]]:
-    """Rows of a table with a header, plain or gzip. Raises UserError if it is damaged or lacks a column."""
-    csv.field_size_limit(2**31 - 1)  # titin alone has 35,000 residues
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]}); fetch it again") from error
-    # in the tables with tabs a quotation mark is a letter of a protein's name
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting)
-    if missing := [column for column in columns if column not in (rows.fieldnames or ())]:
-        raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(rows.fieldnames or ('none',))}")
-    for row in rows:
-        if any(row[column] is None for column in columns):
-            raise UserError(f"{path}: line {rows.line_num} is cut short; fetch it again")
-        yield row
