@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxmodels.cnn_cnn_lstm import tokens
 from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
-from jaxmodels.cnn_cnn_lstm.model import CnnCnnLstm
+from jaxmodels.cnn_cnn_lstm.network import CnnCnnLstm
 from jaxmodels.cnn_cnn_lstm.schemes import entities
 from jaxmodels.cnn_cnn_lstm.tagger import Tagged, Tagger, confidence
 from jaxmodels.cnn_cnn_lstm.vocabulary import SPECIAL, Vocabulary

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxmodels.cnn_cnn_lstm import schemes, tokens
 from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
-from jaxmodels.cnn_cnn_lstm.model import END, PAD, START, CnnCnnLstm, Decoded, is_word
+from jaxmodels.cnn_cnn_lstm.network import END, PAD, START, CnnCnnLstm, Decoded, is_word
 from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary, pieces
 from jaxmodels.errors import UserError
 

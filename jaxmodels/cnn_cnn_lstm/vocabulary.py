@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.cnn_cnn_lstm.model import END, PAD, START, UNK
+from jaxmodels.cnn_cnn_lstm.network import END, PAD, START, UNK
 from jaxmodels.errors import UserError
 
 SPECIAL = END + 1  # rows that stand for no word, no character

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxmodels.cnn_cnn_lstm.model import END, PAD, START
+from jaxmodels.cnn_cnn_lstm.network import END, PAD, START
 from jaxmodels.cnn_cnn_lstm.schemes import iobes
 from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary, pieces
 from train.data.conll import Sentence
