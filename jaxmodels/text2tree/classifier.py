@@ -21,21 +21,29 @@ from jaxmodels.layers.param import param
 from jaxmodels.taps import NO_TAPS, Taps
 from jaxmodels.text2tree import losses
 from jaxmodels.text2tree._dropout import dropout
+from jaxmodels.text2tree.hiagm import HiagmHead
 from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
 from jaxmodels.text2tree.losses import LossConfig
 from jaxmodels.text2tree.tree import LabelTree
 
+HEADS = ("linear", "hiagm")
 
 @dataclasses.dataclass(frozen=True)
 class Text2TreeConfig:
     """dropout: before the linear head, in training. chunks: texts come in pieces, [B, C, T], and labels attend to them
-    (`ChunkHead`). attention, start: see `HlrConfig`."""
+    (`ChunkHead`). attention, start: see `HlrConfig`. head: ``linear``, or ``hiagm``, with an output for every node of
+    the tree but the root (`HiagmHead`)."""
 
     loss: LossConfig = LossConfig()
     dropout: float = 0.1
     chunks: bool = False
     attention: str = "auto"
     start: str = "random"
+    head: str = "linear"
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise UserError(f"head {self.head!r} is not one of {', '.join(HEADS)}")
 
 
 class Head(nnx.Module):
@@ -89,15 +97,22 @@ class Text2Tree(nnx.Module):
 
     def __init__(self, encoder: nnx.Module, classes: int, cfg: Text2TreeConfig, *, tree: LabelTree | None = None,
                  pooler: tuple[Any, Any] | None = None, label_rows: Any = None, rngs: nnx.Rngs):
-        """pooler: weight [D, D] and bias [D] to begin with (a checkpoint's). label_rows: see `hlr.label_rows`."""
-        if tree is not None and tree.num_classes != classes:
-            raise UserError(f"the tree has {tree.num_classes} classes, the head {classes}; restrict the tree to them")
-        if tree is None and cfg.loss.method != "plain":
-            raise UserError(f"method {cfg.loss.method} needs a label tree; pass tree, or take method='plain'")
+        """classes: outputs of the head. pooler: weight [D, D] and bias [D] to begin with (a checkpoint's). label_rows:
+        see `hlr.label_rows`."""
+        over_nodes = cfg.head == "hiagm"
+        if tree is None and (over_nodes or cfg.loss.method != "plain"):
+            what = "head hiagm" if over_nodes else f"method {cfg.loss.method}"
+            raise UserError(f"{what} needs a label tree; pass tree, or take method='plain'")
+        if tree is not None and (outputs := len(tree) - 1 if over_nodes else tree.num_classes) != classes:
+            raise UserError(f"the tree has {outputs} {'nodes below its root' if over_nodes else 'classes'}, the head "
+                            f"{classes}; restrict the tree to them")
         self.cfg, self.encoder = cfg, encoder
-        self.head = (ChunkHead if cfg.chunks else Head)(encoder.width, classes, cfg.dropout, rngs=rngs)
+        if over_nodes:
+            self.head = HiagmHead(encoder.width, tree, cfg.dropout, rngs=rngs)
+        else:
+            self.head = (ChunkHead if cfg.chunks else Head)(encoder.width, classes, cfg.dropout, rngs=rngs)
         if pooler is not None:
-            inner = self.head.pooled if cfg.chunks else self.head
+            inner = getattr(self.head, "pooled", self.head)
             inner.pooler[...], inner.pooler_bias[...] = map(jnp.asarray, pooler)
         hlr = HlrConfig(encoder.width, attention=cfg.attention, start=cfg.start)
         self.labels = None if tree is None or cfg.loss.method == "plain" else LabelEmbeddings(

@@ -24,14 +24,15 @@ from jaxmodels.text2tree._dropout import dropout
 from jaxmodels.text2tree.tree import LabelTree
 
 POINTS = ("label.embedding", "label.link", "label.attention")
-_CHOICES = {"attention": ("auto", "dense", "sparse"), "start": ("random", "label", "fixed")}
+_CHOICES = {"attention": ("auto", "dense", "sparse", "gcn"), "start": ("random", "label", "fixed")}
 _HIDDEN = -10_000.0  # section 4.2: what is added to a score that the mask hides
 _DENSE_NODES = 512   # beyond them, N x N costs more than gathering families
 
 
 @dataclasses.dataclass(frozen=True)
 class HlrConfig:
-    """d_model: width of the text encoder. attention: ``dense``, ``sparse`` or ``auto`` (by the number of nodes).
+    """d_model: width of the text encoder. attention: ``dense``, ``sparse`` or ``auto`` (by the number of nodes);
+    ``gcn`` has none and convolves over the tree in its place, an ablation (`Convolution`).
 
     start: of the node table. ``random``; ``label``: given rows (the mean word-piece embedding of each label's name);
     ``fixed``: these, frozen, and no attention: the ablation without the tree (section 4.4).
@@ -111,6 +112,28 @@ class Layer(nnx.Module):
         return dropout(probe("label.attention", p), self.cfg.dropout, key)
 
 
+class Convolution(nnx.Module):
+    """norm(dropout(relu(Â X W + b))), Â = D^-½ (A + I) D^-½ over the edges of the tree (Kipf and Welling 2017, eq. 2).
+
+    Every node hears its parent and its children alike; nothing is learned about who listens to whom.
+    """
+
+    def __init__(self, tree: LabelTree, cfg: HlrConfig, *, rngs: nnx.Rngs):
+        self.tree, self.cfg, D = tree, cfg, cfg.d_model
+        self.weight = _uniform(rngs, (D, D), ("embed", None), D)
+        self.bias = _uniform(rngs, (D,), (None,), D)
+        self.norm = LayerNorm(D, eps=cfg.norm_eps, rngs=rngs)
+
+    def __call__(self, nodes: jax.Array, probe: Probe, key: jax.Array | None = None) -> jax.Array:
+        """nodes [N, D] -> [N, D]; there is nothing to probe inside."""
+        parent, child = self.tree.parent[1:], np.arange(1, len(self.tree))
+        degree = 1 + np.bincount(parent, minlength=len(self.tree)) + (self.tree.depth > 0)
+        scale = jnp.asarray(degree ** -0.5, nodes.dtype)[:, None]
+        x = scale * linear(nodes, self.weight[...])
+        x = scale * (x.at[child].add(x[parent]).at[parent].add(x[child])) + self.bias[...]
+        return self.norm(dropout(jax.nn.relu(x), self.cfg.dropout, key))
+
+
 class LabelEmbeddings(nnx.Module):
     """The node table and the cascade over it: ``states, aux = labels()`` gives one vector a class."""
 
@@ -130,7 +153,10 @@ class LabelEmbeddings(nnx.Module):
             kind = nnx.Variable if cfg.start == "fixed" else nnx.Param
             self.nodes = kind(jnp.asarray(start, jnp.float32), out_sharding=names, eager_sharding=False)
         levels = () if cfg.start == "fixed" else range(1, tree.num_levels + 1)
-        self.layers = nnx.List([Layer(tree, level, cfg, rngs=rngs) for level in levels])
+        # attention can be looked into and convolutions cannot, so these are no `layers`
+        gcn = cfg.attention == "gcn"
+        self.layers = nnx.List([] if gcn else [Layer(tree, level, cfg, rngs=rngs) for level in levels])
+        self.convolutions = nnx.List([Convolution(tree, cfg, rngs=rngs) for _ in levels] if gcn else [])
 
     def __call__(self, key: jax.Array | None = None, taps: Taps = NO_TAPS
                  ) -> tuple[Float[Array, "K D"], dict[str, Any]]:
@@ -144,11 +170,12 @@ class LabelEmbeddings(nnx.Module):
 
     def cascade(self, key: jax.Array | None = None, taps: Taps = NO_TAPS) -> tuple[jax.Array, dict[str, Any]]:
         """(the states of all nodes float32[N, D], aux)."""
-        N, L = len(self.tree), len(self.layers)
+        layers = [*self.layers, *self.convolutions]
+        N, L = len(self.tree), len(layers)
         table = stack.select(taps, lambda name: name == "label.embedding")
         inner = stack.select(taps, lambda name: name != "label.embedding")
         table.check(POINTS, L + 1)
-        inner.check(POINTS, L)
+        inner.check(POINTS[:1] if self.convolutions else POINTS, L)
         keys = [None] * L if key is None else jax.random.split(key, L)
         nodes, probes = self.nodes[...], []
         for i in range(L + 1):
@@ -156,7 +183,7 @@ class LabelEmbeddings(nnx.Module):
             nodes = probes[-1]("label.embedding", nodes)
             if i < L:
                 probes.append(_probe(inner, i, N))
-                nodes = self.layers[i](nodes, probes[-1], keys[i])
+                nodes = layers[i](nodes, probes[-1], keys[i])
         names = dict.fromkeys(name for probe in probes for name in probe.out)
         return nodes, {name: _stacked([probe.out[name] for probe in probes if name in probe.out]) for name in names}
 

@@ -17,7 +17,7 @@ from jaxmodels.text2tree.tree import LabelTree
 from train.runtime.step import Sums
 from train.text2tree_config import OURS, MethodConfig
 
-OVER_NODES = ("htc", "recursive")  # methods whose head has an output for every node but the root
+OVER_NODES = ("htc", "recursive", "hiagm")  # methods whose head has an output for every node but the root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class CodedTextsObjective:
             every = baselines.hierarchical_targets(labels, self.tree)
             last = getattr(model.head, "pooled", model.head).out[...]  # of a head over chunks, or over one vector
             apart = baselines.recursive_regulariser(last, self.tree, method.strength) \
-                if name == "recursive" else 0.0
+                if name != "htc" else 0.0
             return masked_mean(baselines.plain(logits, every), None) + apart
         weights = {"reweight": baselines.reweight, "reweight_official": baselines.reweight_official,
                    "class_balanced": lambda counts: baselines.class_balanced(counts, method.beta)}
