@@ -147,14 +147,15 @@ class TagLstm(nnx.Module):
         h = _dropout(probe("decoder.state", h), self.cfg.dropout, key)
         return self.logits(h), _stacked([probe.out])
 
-    def greedy(self, h_enc: jax.Array, real: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def greedy(self, z: jax.Array, real: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(tags int32[B, T], the logits at every step float32[B, T, V]) of the likeliest tag at each step.
 
-        key: dropout with a mask of its own at every step; masks are drawn outside the scan.
+        z: `inputs`, so that many passes share them. key: dropout with a mask of its own at every step.
         """
         cfg, (B, T) = self.cfg, real.shape
         first, _ = crf.ends(real)
-        table, z = self.tag_inputs(), self.inputs(h_enc)
+        table = self.tag_inputs()
+        # Masks are drawn outside the scan: with one key inside it every step would have the same.
         keep = _kept(key, cfg.dropout, (T, B, cfg.d_hidden)) if key is not None and cfg.dropout else None
 
         def step(carry, sliced):
@@ -244,7 +245,7 @@ class CnnCnnLstm(nnx.Module):
         if tags is None:
             if stack.select(taps, lambda name: name == "decoder.state").points - set(taps.record) - set(taps.reduce):
                 raise UserError("an edited decoder.state would choose other tags to read; pass tags, int[B, T]")
-            tags = self.tags.greedy(h_enc, real)[0]
+            tags = self.tags.greedy(self.tags.inputs(h_enc), real)[0]
         logits, more = self.tags.forced(h_enc, tags, real, taps, _fold(key, 1))
         return logits, aux | more
 
@@ -299,7 +300,7 @@ class CnnCnnLstm(nnx.Module):
             # A marginal of 0 in float32 stands for a small one, not for none.
             log_probs = jnp.log(jnp.clip(crf.marginals(weights, emissions, real), 1e-30, 1.0))
             return _decoded(tags, log_probs, real, total, probabilities)
-        tags, logits = self.tags.greedy(h_enc, real, key)
+        tags, logits = self.tags.greedy(self.tags.inputs(h_enc), real, key)
         found = _decoded(tags, jax.nn.log_softmax(logits), real, None, probabilities)
         if beam == 1:
             return found

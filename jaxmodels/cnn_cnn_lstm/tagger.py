@@ -128,7 +128,7 @@ class Tagger:
 
         for batch in self.batches(sentences):
             check()
-            waiting.append((batch.parts, _decode(*self._split, batch.words, batch.chars, beam)))
+            waiting.append((batch.parts, _decode(*self._split, batch.words, batch.vectors, beam)))
             if len(waiting) > 1:  # read one batch late, so that the device does not wait for Python
                 read(*waiting.pop(0))
         for parts, decoded in waiting:
@@ -149,7 +149,8 @@ class Tagger:
                  for start, stop in pieces(len(words), lengths[-1] - 2)]
         sizes = np.array([stop - start + 2 for _, start, stop in parts], int)
         order, bucket = np.argsort(sizes, kind="stable"), np.searchsorted(lengths, np.sort(sizes))
-        places, vectors = self.char_vectors(sentences)
+        places, table = self.vocabulary.forms(word for words in sentences for word in words)
+        vectors = self.char_vectors(table)
         for number, length in enumerate(lengths):
             members, size = order[bucket == number], max(positions // length, 1)
             for at in range(0, len(members), size):
@@ -160,15 +161,13 @@ class Tagger:
                     inside = sentences[i][start:stop]
                     words[row, :len(inside) + 2] = [START, *self.vocabulary.word_ids(inside), END]
                     forms[row, 1:len(inside) + 1] = [places[word] for word in inside]
-                yield Batch(words, vectors[forms], here)
+                yield Batch(words, vectors[forms], here, forms, table)
 
-    def char_vectors(self, sentences: Sequence[Sequence[str]]) -> tuple[dict[str, int], np.ndarray]:
-        """(place of every distinct word, what the character encoder says of it float32[n, W]); the row behind the last
-        word is that of none."""
-        places, chars = self.vocabulary.forms(word for words in sentences for word in words)
-        chars = np.pad(chars, ((0, -len(chars) % FORMS), (0, 0)))
-        return places, np.concatenate([_characters(*self._split, chars[at:at + FORMS])
-                                       for at in range(0, len(chars), FORMS)])
+    def char_vectors(self, chars: np.ndarray) -> np.ndarray:
+        """What the character encoder says of words, int32[n, M] -> float32[n, W]."""
+        padded = np.pad(chars, ((0, -len(chars) % FORMS), (0, 0)))
+        return np.concatenate([_characters(*self._split, padded[at:at + FORMS])
+                               for at in range(0, len(padded), FORMS)])[:len(chars)]
 
     def _annotated(self, text: str, words: list[tokens.Word], tagged: Tagged) -> Annotated:
         found = []
@@ -222,12 +221,14 @@ class Tagger:
 
 
 class Batch(NamedTuple):
-    """words int32[B, T]; chars float32[B, T, W], vectors of their characters; parts: (sentence, start, stop) of the
-    words in the first rows, each behind a START."""
+    """words int32[B, T]; vectors float32[B, T, W] of their characters; parts: (sentence, start, stop) of the words in
+    the first rows, each behind a START. forms int32[B, T]: where in the table of distinct words, int32[n, M]."""
 
     words: np.ndarray
-    chars: np.ndarray
+    vectors: np.ndarray
     parts: list[tuple[int, int, int]]
+    forms: np.ndarray
+    table: np.ndarray
 
 
 def entity_log_prob(tagged: Tagged, entity: schemes.Entity) -> float:
