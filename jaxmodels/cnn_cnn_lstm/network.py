@@ -58,7 +58,7 @@ class CharCnn(nnx.Module):
                                    if cfg.residual == "project" and a != b else None
                                    for a, b in zip(widths, widths[1:], strict=False)])
 
-    def __call__(self, chars: Int[Array, "... M"], taps: Taps = NO_TAPS, key: jax.Array | None = None
+    def __call__(self, chars: Int[Any, "... M"], taps: Taps = NO_TAPS, key: jax.Array | None = None
                  ) -> tuple[Float[Array, "... W"], dict[str, Any]]:
         """Words' characters -> (one vector a word, aux); 0 for a word without characters."""
         cfg, lead, there = self.cfg, chars.shape[:-1], chars > PAD
@@ -93,7 +93,7 @@ class WordCnn(nnx.Module):
         widths = [cfg.d_full, *[cfg.word_filters] * cfg.word_layers]
         self.convs = nnx.List([Conv(cfg.word_width, a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
 
-    def __call__(self, words: Int[Array, "B T"], w_char: Float[Array, "B T W"], taps: Taps = NO_TAPS,
+    def __call__(self, words: Int[Any, "B T"], w_char: Float[Any, "B T W"], taps: Taps = NO_TAPS,
                  key: jax.Array | None = None) -> tuple[Float[Array, "B T E"], dict[str, Any]]:
         """(h_enc, aux)."""
         cfg, there = self.cfg, (words > PAD)[..., None]
@@ -137,7 +137,7 @@ class TagLstm(nnx.Module):
     def logits(self, h: jax.Array) -> jax.Array:
         return linear(h.astype(self.cfg.dtype), self.out[...], self.out_bias[...]).astype(jnp.float32)
 
-    def forced(self, h_enc: jax.Array, tags: jax.Array, real: jax.Array, taps: Taps = NO_TAPS,
+    def forced(self, h_enc: jax.Array, tags: Any, real: Any, taps: Taps = NO_TAPS,
                key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
         """(logits float32[B, T, V] where the history is that of `tags`, aux)."""
         first, _ = crf.ends(real)
@@ -147,7 +147,7 @@ class TagLstm(nnx.Module):
         h = _dropout(probe("decoder.state", h), self.cfg.dropout, key)
         return self.logits(h), _stacked([probe.out])
 
-    def greedy(self, z: jax.Array, real: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def greedy(self, z: jax.Array, real: Any, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(tags int32[B, T], the logits at every step float32[B, T, V]) of the likeliest tag at each step.
 
         z: `inputs`, so that many passes share them. key: dropout with a mask of its own at every step.
@@ -173,7 +173,7 @@ class TagLstm(nnx.Module):
         tags, logits = jax.lax.scan(step, start, times)[1]
         return jnp.swapaxes(tags, 0, 1), jnp.swapaxes(logits, 0, 1)
 
-    def beam(self, h_enc: jax.Array, real: jax.Array, width: int) -> jax.Array:
+    def beam(self, h_enc: jax.Array, real: Any, width: int) -> jax.Array:
         """The tags that a beam search finds, int32[B, T]; rows of one sentence each."""
         cfg, B = self.cfg, len(real)
         table, z = self.tag_inputs(), self.inputs(h_enc)
@@ -230,7 +230,7 @@ class CnnCnnLstm(nnx.Module):
         graphdef, state = nnx.split(self)
         return _run(graphdef, state, words, chars, tags, taps)
 
-    def forward(self, words: Int[Array, "B T"], chars: Int[Array, "B T M"], tags: Int[Array, "B T"] | None = None,
+    def forward(self, words: Int[Any, "B T"], chars: Int[Any, "B T M"], tags: Int[Any, "B T"] | None = None,
                 taps: Taps = NO_TAPS, key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
         """(logits float32[B, T, V], aux); of a CRF, emissions. tags: the history; default: its own, greedy.
 
@@ -255,20 +255,20 @@ class CnnCnnLstm(nnx.Module):
         points = {"embedding": 1, "char.conv": self.cfg.char_layers, "word.conv": self.cfg.word_layers}
         return points | ({"decoder.state": 1} if self.cfg.head == "lstm" else {})
 
-    def encode(self, words: Int[Array, "B T"], chars: Int[Array, "B T M"], taps: Taps = NO_TAPS,
+    def encode(self, words: Int[Any, "B T"], chars: Int[Any, "B T M"], taps: Taps = NO_TAPS,
                key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any]]:
         """(h_enc [B, T, d_enc], aux)."""
-        w_char, seen = self.chars(chars, taps, _fold(key, 0))
-        h_enc, more = self.words(words, w_char, taps, _fold(key, 1))
+        w_char, seen = self.chars(jnp.asarray(chars), taps, _fold(key, 0))
+        h_enc, more = self.words(jnp.asarray(words), w_char, taps, _fold(key, 1))
         return h_enc, seen | more
 
-    def loss(self, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, batch: dict[str, Any], key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(-log P(gold tags), summed over words, sums): section 4. key: of dropout and [UNK]; None: neither.
 
         batch: words, chars as above; tags int[B, T], anything where there is no word. sums: weight (words), correct
         (tags that are the likeliest given the gold tags before; of a CRF, by its emissions alone).
         """
-        words, tags = batch["words"], batch["tags"]
+        words, tags = jnp.asarray(batch["words"]), batch["tags"]
         real, inner = is_word(words), _fold(key, 0)
         if key is not None and self.cfg.word_drop:
             dropped = jax.random.bernoulli(_fold(key, 1), self.cfg.word_drop, words.shape)
@@ -283,14 +283,14 @@ class CnnCnnLstm(nnx.Module):
         correct = real & (logits.argmax(-1) == tags)
         return nll, {"weight": real.sum(), "nll": nll, "correct": correct.sum()}
 
-    def decode(self, words: Int[Array, "B T"], chars: Int[Array, "B T M"], *, key: jax.Array | None = None,
+    def decode(self, words: Int[Any, "B T"], chars: Int[Any, "B T M"], *, key: jax.Array | None = None,
                beam: int = 1, probabilities: bool = False) -> Decoded:
         """Tags from its own history; of a CRF, the best sequence. key: dropout is on (BALD)."""
         encoder, decoder = (None, None) if key is None else jax.random.split(key)
         return self.decode_encoded(self.encode(words, chars, key=encoder)[0], is_word(words), key=decoder, beam=beam,
                                    probabilities=probabilities)
 
-    def decode_encoded(self, h_enc: Float[Array, "B T E"], real: Bool[Array, "B T"], *, key: jax.Array | None = None,
+    def decode_encoded(self, h_enc: Float[Any, "B T E"], real: Bool[Any, "B T"], *, key: jax.Array | None = None,
                        beam: int = 1, probabilities: bool = False) -> Decoded:
         """`decode` from what the encoder gave: several decodings of one encoding. key: dropout in the decoder alone."""
         if self.cfg.head == "crf":
@@ -312,11 +312,11 @@ class CnnCnnLstm(nnx.Module):
         better = wide.total >= found.total
         return jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), wide, found)
 
-    def score(self, words: Int[Array, "B T"], chars: Int[Array, "B T M"], tags: Int[Array, "B T"]) -> Decoded:
+    def score(self, words: Int[Any, "B T"], chars: Int[Any, "B T M"], tags: Int[Any, "B T"]) -> Decoded:
         """How likely given tags are."""
         return self.score_encoded(self.encode(words, chars)[0], is_word(words), tags)
 
-    def score_encoded(self, h_enc: Float[Array, "B T E"], real: Bool[Array, "B T"], tags: Int[Array, "B T"],
+    def score_encoded(self, h_enc: Float[Any, "B T E"], real: Bool[Any, "B T"], tags: Int[Any, "B T"],
                       probabilities: bool = False) -> Decoded:
         if self.cfg.head == "crf":
             emissions, weights = self.tags.emissions(h_enc), self.tags.chain.weights
@@ -335,7 +335,7 @@ class Conv(nnx.Module):
         self.kernel = param(rngs, (width, d_in, d_out), (None, "embed", "mlp"), std=(2 / (width * d_in)) ** 0.5)
         self.bias = param(rngs, (d_out,), ("mlp",), value=0.0)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Any, "B T D"]) -> Float[Array, "B T F"]:
         T, half = x.shape[1], self.width // 2
         x = jnp.pad(x, ((0, 0), (half, half), (0, 0)))
         # One product over joined windows: a third faster with its gradient than XLA's convolution on CPU.
@@ -343,7 +343,7 @@ class Conv(nnx.Module):
         return linear(windows, self.kernel[...].reshape(-1, self.kernel.shape[-1]), self.bias[...])
 
 
-def is_word(words: jax.Array) -> jax.Array:
+def is_word(words: Any) -> Any:
     """Whether a position holds a word: neither padding nor START nor END."""
     return (words == UNK) | (words > END)
 
@@ -355,14 +355,14 @@ def _embedding(rngs: nnx.Rngs, rows: int, width: int, pad: bool = True) -> nnx.P
     return nnx.Param(table.at[PAD].set(0) if pad else table, out_sharding=("vocab", "embed"), eager_sharding=False)
 
 
-def _decoded(tags: jax.Array, log_probs: jax.Array, real: jax.Array, total: jax.Array | None, keep: bool) -> Decoded:
+def _decoded(tags: Any, log_probs: jax.Array, real: Any, total: jax.Array | None, keep: bool) -> Decoded:
     log_prob = jnp.where(real, _picked(log_probs, tags), 0)
     entropy = jnp.where(real, -(jnp.exp(log_probs) * log_probs).sum(-1), 0)
     return Decoded(jnp.where(real, tags, 0), log_prob, entropy, log_prob.sum(-1) if total is None else total,
                    jnp.where(real[..., None], log_probs, 0) if keep else None)
 
 
-def _picked(values: jax.Array, tags: jax.Array) -> jax.Array:
+def _picked(values: jax.Array, tags: Any) -> jax.Array:
     # A sum over V rather than a gather, whose gradient scatters.
     return jnp.where(jnp.arange(values.shape[-1]) == tags[..., None], values, 0).sum(-1)
 

@@ -5,7 +5,7 @@
 ``real`` bool[B, T] says where there are words: every run of True in a row is a sequence of its own. All in float32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,14 @@ class Crf(nnx.Module):
         return CrfWeights(self.start[...], self.between[...], self.stop[...])
 
 
-def ends(real: Bool[Array, "B T"]) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+def ends(real: Bool[Any, "B T"]) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
     """(first, last) word of every sequence in a row."""
     before = jnp.pad(real, ((0, 0), (1, 0)))[:, :-1]
     after = jnp.pad(real, ((0, 0), (0, 1)))[:, 1:]
     return real & ~before, real & ~after
 
 
-def log_partition(w: CrfWeights, emissions: Float[Array, "B T V"], real: Bool[Array, "B T"]) -> Float[Array, "B"]:
+def log_partition(w: CrfWeights, emissions: Float[Any, "B T V"], real: Bool[Any, "B T"]) -> Float[Array, "B"]:
     """log Σ_y exp score(y), summed over the sequences of a row: the forward algorithm, O(T V²)."""
     first, last = ends(real)
 
@@ -61,7 +61,7 @@ def log_partition(w: CrfWeights, emissions: Float[Array, "B T V"], real: Bool[Ar
     return jax.lax.scan(step, zero, _time_first(emissions, real, first, last))[0][1]
 
 
-def score(w: CrfWeights, emissions: Float[Array, "B T V"], tags: Int[Array, "B T"], real: Bool[Array, "B T"]
+def score(w: CrfWeights, emissions: Float[Any, "B T V"], tags: Int[Any, "B T"], real: Bool[Any, "B T"]
           ) -> Float[Array, "B"]:
     """The score of given tags, summed over the sequences of a row. Tags where nothing is real do not matter."""
     first, last = ends(real)
@@ -72,12 +72,12 @@ def score(w: CrfWeights, emissions: Float[Array, "B T V"], tags: Int[Array, "B T
     return (jnp.where(real, picked + moves, 0) + jnp.where(last, w.stop[tags], 0)).sum(1)
 
 
-def marginals(w: CrfWeights, emissions: Float[Array, "B T V"], real: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+def marginals(w: CrfWeights, emissions: Float[Any, "B T V"], real: Bool[Any, "B T"]) -> Float[Array, "B T V"]:
     """P(y_i = v | x), 0 where nothing is real: the gradient of the log partition in the emissions."""
     return jax.grad(lambda e: log_partition(w, e, real).sum())(emissions)
 
 
-def viterbi(w: CrfWeights, emissions: Float[Array, "B T V"], real: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+def viterbi(w: CrfWeights, emissions: Float[Any, "B T V"], real: Bool[Any, "B T"]) -> Int[Array, "B T"]:
     """The tags of the largest score; 0 where nothing is real."""
     first, last = ends(real)
 
@@ -102,5 +102,5 @@ def viterbi(w: CrfWeights, emissions: Float[Array, "B T V"], real: Bool[Array, "
     return jnp.where(real, jnp.swapaxes(tags, 0, 1), 0).astype(jnp.int32)
 
 
-def _time_first(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _time_first(*arrays: Any) -> tuple[jax.Array, ...]:
     return tuple(jnp.swapaxes(a, 0, 1) for a in arrays)

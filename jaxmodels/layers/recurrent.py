@@ -7,7 +7,7 @@
 Several sequences may share a row: where ``first`` is True the step before is forgotten.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Lstm(nnx.Module):
         """One step, z float32[..., 4H] as `project` gives it; the product in dtype."""
         return _cell(z + _product(state.h, self.hidden[...], dtype), state.c)
 
-    def __call__(self, z: Float[Array, "B T Z"], first: Bool[Array, "B T"], dtype=jnp.float32
+    def __call__(self, z: Float[Any, "B T Z"], first: Bool[Any, "B T"], dtype=jnp.float32
                  ) -> Float[Array, "B T H"]:
         """All steps from projected inputs: h, float32."""
         return _run(z, self.hidden[...], first, jnp.dtype(dtype).name)
@@ -114,6 +114,6 @@ def _backward(kept, d_out):
 _scan.defvjp(_forward, _backward)
 
 
-def _run(z: jax.Array, weight: jax.Array, first: jax.Array, dtype: str) -> jax.Array:
+def _run(z: jax.Array, weight: jax.Array, first: Any, dtype: str) -> jax.Array:
     out = _scan(jnp.swapaxes(z, 0, 1), weight.astype(dtype), jnp.swapaxes(first, 0, 1))
     return jnp.swapaxes(out, 0, 1)
