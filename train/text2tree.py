@@ -36,10 +36,12 @@ from train.runtime.state import Blueprint, State, blueprint
 from train.runtime.step import TrainStep
 from train.text2tree_config import METHODS, OURS, Text2TreeRun
 from train.text_labels import examples, label_states, tree_arrays, tree_from
-from train.text_reader import Reader, make_reader
+from train.text_pretrain import pretrain
+from train.text_reader import Reader, fingerprint, make_reader
 
 SPLITS = ("train", "dev", "test")
 CHOSEN_BY = "dev_macro_f1"
+ENCODER = "encoder.sha256"  # in the results: `text_reader.fingerprint`
 
 
 def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
@@ -49,10 +51,14 @@ def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = read(cfg)
-    reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir)
+    check_encoder(cfg, folder.dir)
+    start = pretrain(cfg, folder, source, mesh) if cfg.encoder.name == "fresh" else None
+    reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir, start)
+    if now := fingerprint(cfg.encoder):
+        folder.write_results({ENCODER: now})
     folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
     folder.save_npz("classes", **tree_arrays(source.tree), multi_label=source.multi_label)
-    data = prepare_data(cfg, folder, source, reader)
+    data = prepare_data(cfg, folder, source, reader, start)
     model, best = train(cfg, folder, source, reader, data, mesh)
     if jax.process_index() == 0:
         folder.write_results(numbers(cfg, folder, source, data, model) | {"chosen_step": best, "finished": True})
@@ -73,10 +79,28 @@ def read(cfg: Text2TreeRun) -> CodedTexts:
     return source
 
 
-def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader) -> Path:
-    """Inputs and labels of every part, in a ``data-*`` folder of the run (or its sweep); frozen layers run once."""
+def check_encoder(cfg: Text2TreeRun, folder: Path) -> None:
+    """Raises UserError if the encoder's files, of which a run lacks a copy, are others than those it was trained with.
+
+    Runs of versions that recorded nothing pass.
+    """
+    known = (read_json(folder / RESULTS) or {}).get(ENCODER)
+    if known and known != (now := fingerprint(cfg.encoder)):
+        raise UserError(f"the files of encoder.name={cfg.encoder.name} have changed since {folder} was trained with "
+                        f"them (SHA-256 {known[:12]}, now {now[:12]}); put the old ones back, or train again in "
+                        "another folder")
+
+
+def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, start: Path | None = None
+                 ) -> Path:
+    """Inputs and labels of every part, in a ``data-*`` folder of the run (or its sweep); frozen layers run once.
+
+    start: the pre-trained encoder, whose pieces the inputs are.
+    """
     about = {"data": dataclasses.asdict(cfg.data), "encoder": cfg.encoder.name, "frozen": cfg.encoder.frozen,
              "words": cfg.encoder.words, "seed": cfg.seed if cfg.encoder.name == "cnn" else None}
+    if start is not None:
+        about["pretraining"] = start.parent.name
 
     def prepare(data: Path) -> None:
         splits = {}
@@ -325,7 +349,9 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
     Without `top`: where texts have several codes those above the threshold tuned on the development part; where they
     have one, the likeliest.
     """
-    cfg, classes = from_dict(Text2TreeRun, config), of_run(folder, "classes")
+    cfg = from_dict(Text2TreeRun, config)
+    check_encoder(cfg, folder)
+    classes = of_run(folder, "classes")
     tree, multi_label = tree_from(classes), bool(classes["multi_label"])
     threshold = (read_json(folder / RESULTS) or {}).get("test.model.threshold") if multi_label else None
     reader = make_reader(cfg.encoder, None, cfg.seed, folder)

@@ -1,6 +1,7 @@
 """What text classification can be told. ``jaxmodels run text2tree --help`` lists it; configs/ holds the presets."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from jaxmodels.errors import UserError
@@ -46,16 +47,45 @@ class TextDataConfig:
         return f"path:{self.path}" if self.path else str(self.source)
 
 
+FROZEN = 4  # of MiniLM's six layers
+
+
+@dataclasses.dataclass(frozen=True)
+class FreshConfig:
+    """A small transformer from random weights (text2tree.md section 12), and how it is pre-trained by masked pieces."""
+
+    layers: int = 4
+    d_model: int = 256
+    heads: int = 4
+    epochs: int = 10  # of the pre-training
+    length: int = 128  # pieces of a row; several texts share one
+    batch: int = 32  # rows of a step, over all devices
+    learning_rate: float = 1e-3
+    seed: int = 0  # of the pre-training, which the seeds of a sweep share
+
+    def __post_init__(self):
+        for name, low in (("layers", 1), ("d_model", 1), ("heads", 1), ("epochs", 1), ("length", 8), ("batch", 1),
+                          ("seed", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"encoder.fresh.{name}={getattr(self, name)} must be at least {low}")
+        if self.d_model % (2 * self.heads):
+            raise UserError(f"encoder.fresh.d_model={self.d_model} must be a multiple of 2 * encoder.fresh.heads = "
+                            f"{2 * self.heads}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"encoder.fresh.learning_rate={self.learning_rate} must be a number above 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
     """What reads the texts."""
 
-    name: str = "all-minilm-l6-v2"  # a BERT-like model (folder, name); cnn: from random weights
+    name: str = "all-minilm-l6-v2"  # a BERT-like model (folder, name); from random weights: fresh, cnn
     pool: Literal["cls", "mean"] = "mean"  # what stands for a text; MiniLM was trained to mean over tokens
-    frozen: int = 4  # lower layers that do not move; their states are stored on disk. 0: all layers are trained
+    frozen: int = FROZEN  # lower layers of such a model that do not move; their states are stored on disk. 0: none
     trunk: float = 1.0  # rate of the encoder, as a share of the head's
     filters: int = 100  # of each width of the cnn
-    words: int = 8000  # pieces of the cnn, learned from the training texts
+    words: int = 8000  # pieces of fresh and cnn, learned from the training texts (fresh: and names of codes)
+    fresh: FreshConfig = FreshConfig()
 
     def __post_init__(self):
         for name, low in (("frozen", 0), ("filters", 1), ("words", 300)):
@@ -63,6 +93,8 @@ class TextEncoderConfig:
                 raise UserError(f"encoder.{name}={getattr(self, name)} must be at least {low}")
         if not self.trunk >= 0:
             raise UserError(f"encoder.trunk={self.trunk} must be at least 0")
+        if self.name == "fresh" and self.frozen not in (0, FROZEN):
+            raise UserError(f"encoder.frozen={self.frozen}: a fresh encoder is trained whole; set it to 0")
 
 
 @dataclasses.dataclass(frozen=True)

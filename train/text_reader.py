@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import jax
 import numpy as np
 from flax import nnx
 
+import jaxmodels
 from jaxmodels.errors import UserError
+from jaxmodels.esm.config import EsmConfig
+from jaxmodels.esm.model import Esm
 from jaxmodels.hub.resolve import resolve
 from jaxmodels.hub.tokenizer import Tokenizer, load_tokenizer
-from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder, batch_of, chunks_of, pretrained
+from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder, TransformerEncoder, batch_of, chunks_of, pretrained
 from train.runtime.files import write_atomic
-from train.text2tree_config import TextEncoderConfig
+from train.text2tree_config import FreshConfig, TextEncoderConfig
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+OWN = ("cnn", "fresh")  # encoders that are trained from random weights
 STORED = np.float16  # of states on disk: half the bytes, and what reads them is trained on just these
 BATCH = 64
 STEP = 16  # widths of batches are multiples of it, so that few are compiled
@@ -72,19 +77,29 @@ class Reader:
         return states
 
 
-def make_reader(cfg: TextEncoderConfig, texts: Sequence[str] | None, seed: int, folder: Path) -> Reader:
-    """texts: those to learn pieces from, where no checkpoint brings its own; they are kept in ``folder``. None: they
-    are there.
+def make_reader(cfg: TextEncoderConfig, texts: Sequence[str] | None, seed: int, folder: Path,
+                start: Path | None = None) -> Reader:
+    """What reads the texts of a run.
 
+    Args:
+      texts: those to learn the pieces of a cnn from; they are kept in ``folder``. None: they are there.
+      start: of ``fresh``, the folder of the pre-trained encoder, whose pieces are kept in ``folder``. None: they are
+        there, and of the encoder there are shapes alone: a finished run has all its weights in model.npz.
     Raises UserError for a model that is not here or is no BERT-like encoder, and for too many frozen layers.
     """
     if cfg.name == "cnn":
-        if texts is not None and not (folder / "tokenizer.json").exists():
-            for name, text in learned(texts, cfg.words).files().items():
-                write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder) if texts is None else kept_pieces(texts, cfg.words, folder)
         options = CnnConfig(tokenizer.vocab_size, filters=cfg.filters, pad_id=0)
         return Reader(tokenizer, CnnEncoder(options, rngs=nnx.Rngs(seed)), None, None)
+    if cfg.name == "fresh":
+        if start is None:
+            tokenizer = load_tokenizer(folder)
+            options = dataclasses.replace(fresh_config(cfg.fresh, tokenizer), lm_head=False)
+            shapes = nnx.eval_shape(lambda: Esm(options, rngs=nnx.Rngs(seed)))  # of weights that are not here
+            return Reader(tokenizer, TransformerEncoder(shapes, cfg.pool), None, None)
+        tokenizer = load_tokenizer(start)
+        _keep(tokenizer, folder)
+        return Reader(tokenizer, TransformerEncoder(jaxmodels.load(start, lm_head=False), cfg.pool), None, None)
     tokenizer = load_tokenizer(resolve(cfg.name))
     whole, pooler = pretrained(cfg.name, cfg.pool, seed)
     if not cfg.frozen:
@@ -94,6 +109,42 @@ def make_reader(cfg: TextEncoderConfig, texts: Sequence[str] | None, seed: int, 
                         f"{cfg.name}")
     lower, upper = whole.split(cfg.frozen)
     return Reader(tokenizer, upper, pooler, lower)
+
+
+def fresh_config(cfg: FreshConfig, tokenizer: Tokenizer) -> EsmConfig:
+    """A transformer with a masked-LM head over the pieces of a tokenizer: pre-norm, rotary positions, so that rows of
+    any length can be read."""
+    pad, _, cls, sep, mask = map(tokenizer.inner.token_to_id, SPECIAL)
+    return EsmConfig(cfg.d_model, cfg.heads, (4 * cfg.d_model,) * cfg.layers, vocab_size=tokenizer.vocab_size,
+                     token_dropout=False, contact_head=False, cls_id=cls, pad_id=pad, eos_id=sep, mask_id=mask)
+
+
+def fingerprint(cfg: TextEncoderConfig) -> str | None:
+    """SHA-256 of what a finished run reads from elsewhere: the tokenizer of a pretrained model, and its weights where
+    lower layers are frozen (else the run holds them all). None for encoders that the run holds alone."""
+    if cfg.name in OWN:
+        return None
+    path = resolve(cfg.name)
+    folder = path if path.is_dir() else path.parent
+    weights = (sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]) if cfg.frozen else []
+    digest = hashlib.sha256()
+    for file in (folder / "tokenizer.json", *weights):
+        if file.is_file():  # a GGUF file brings its own tokenizer
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def kept_pieces(texts: Sequence[str], words: int, folder: Path) -> Tokenizer:
+    """The tokenizer in ``folder``; learned from texts if there is none."""
+    if not (folder / "tokenizer.json").exists():
+        _keep(learned(texts, words), folder)
+    return load_tokenizer(folder)
+
+
+def _keep(tokenizer: Tokenizer, folder: Path) -> None:
+    for name, text in reversed(tokenizer.files().items()):  # tokenizer.json, which tells that they are there, last
+        write_atomic(folder / name, lambda file, text=text: file.write(text.encode()))
 
 
 def learned(texts: Sequence[str], words: int) -> Tokenizer:

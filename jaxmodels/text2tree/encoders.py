@@ -31,7 +31,7 @@ class TransformerEncoder(nnx.Module):
     points = POINTS
 
     def __init__(self, bert: Esm, pool: str = "cls"):
-        """bert: a Bert, or another encoder of ESM's kind whose last layer ends in a norm (RoBERTa)."""
+        """bert: a Bert, or another encoder of ESM's kind."""
         self.bert, self.pool = bert, _checked(pool)
 
     @property
@@ -54,6 +54,9 @@ class TransformerEncoder(nnx.Module):
         and stored, it spares a training that freezes the lower layers most of its time.
         """
         cfg = self.bert.cfg
+        if (cfg.norm_placement, cfg.position) != ("post", "learned"):
+            raise UserError("only encoders of BERT's and RoBERTa's kind can be cut, not ESM's, whose last norm and "
+                            "positions all layers need; train it whole (encoder.frozen=0)")
         if not 0 < layers < cfg.num_layers or len(self.bert.groups) != 1:
             raise UserError(f"{layers} lower layers cannot be cut off {cfg.num_layers}; give 1 to {cfg.num_layers - 1},"
                             " and load with scan_layers=True")
