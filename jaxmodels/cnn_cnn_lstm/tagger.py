@@ -72,7 +72,7 @@ class Calibration:
     sentence: tuple[float, float] = (1.0, 0.0)
 
 
-def confidence(log_prob: np.ndarray | float, fitted: tuple[float, float] = (1.0, 0.0)) -> np.ndarray:
+def confidence(log_prob: np.ndarray | float, fitted: tuple[float, float] = (1.0, 0.0)) -> Any:
     """Of what has this log-probability, float64 of its shape."""
     low = np.minimum(np.asarray(log_prob, float), -1e-12)  # logit(1) is infinite
     scale, shift = fitted
@@ -236,7 +236,7 @@ def entity_log_prob(tagged: Tagged, entity: schemes.Entity) -> float:
     return float(tagged.log_prob[entity.start:entity.stop].sum())
 
 
-def _entries(state: nnx.State) -> list[Any]:
+def _entries(state: Any) -> list[Any]:
     """Every parameter under its own path, as `jaxmodels.hub.load` takes them."""
     from jaxmodels.hub.entries import Entry, Source
 
