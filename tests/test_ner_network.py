@@ -129,7 +129,7 @@ def test_perfect_logits_give_gold_tags():
 def test_a_beam_is_never_below_greedy_and_a_wide_one_finds_the_best():
     cfg = CnnCnnLstmConfig.tiny(tags=3, dropout=0.0)
     words, chars = rows(*[row((0, sentence(n, 10 + n))) for n in (1, 3, 4, 4)])
-    wide = nnx.jit(lambda model, words, chars: [model.decode(words, chars, beam=beam) for beam in (1, 3, 27)])
+    wide = nnx.jit(lambda model, words, chars: [model.decode(words, chars, beam=beam) for beam in (1, 27)])
     score = nnx.jit(lambda model, words, chars, tags: model.score(words, chars, tags).total)
     gained = 0.0
     every = np.zeros((81, T), np.int32)
@@ -137,8 +137,8 @@ def test_a_beam_is_never_below_greedy_and_a_wide_one_finds_the_best():
     for seed in range(3):
         model = CnnCnnLstm(cfg, rngs=nnx.Rngs(seed))
         model.tags.out[...] = model.tags.out[...] * 4  # so that histories matter
-        greedy, three, best = wide(model, words, chars)
-        assert (three.total >= greedy.total - 1e-6).all() and (best.total >= three.total - 1e-5).all()
+        greedy, best = wide(model, words, chars)
+        assert (best.total >= greedy.total - 1e-6).all()
         gained += float((best.total - greedy.total).sum())
         totals = score(model, np.tile(words[3:], (81, 1)), np.tile(chars[3:], (81, 1, 1)), every)
         np.testing.assert_allclose(best.total[3], totals.max(), rtol=1e-5)
@@ -175,8 +175,8 @@ def test_dropout_keeps_means_and_word_drop_keeps_characters():
 
 
 @pytest.mark.parametrize("changes", [
-    {"d_tag": 0}, {"char_layers": 2, "residual": "auto"}, {"char_layers": 2, "residual": "project"},
-    {"char_layers": 2, "residual": "none"}, {"dtype": "bfloat16"},
+    {"d_tag": 0, "char_layers": 2, "residual": "project"}, {"dtype": "bfloat16"},
+    *(pytest.param({"char_layers": 2, "residual": residual}, marks=pytest.mark.long) for residual in ("auto", "none")),
 ])
 def test_options(changes):
     words, chars = row((0, sentence(9, 0)))
