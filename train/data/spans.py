@@ -8,7 +8,7 @@ import bisect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ def read_jsonl(path: str | Path, counts: Counter[str] | None = None) -> list[Sen
     for number, line in enumerate(read_text(path, counts).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
-            found += sentences(*_line(line, where), where, counts)
+            found += sentences(*parse_line(line, where)[1:], where, counts)
     return found
 
 
@@ -70,26 +70,7 @@ def sentences(text: str, spans: Iterable[Span], where: str, counts: Counter[str]
     """The sentences of a text with the tags of its entities. where: what an error begins with. pattern: of words."""
     cut = tokens.sentences_of(text, pattern or tokens.pattern_of())
     words = [word for sentence in cut for word in sentence]
-    ends = [word.stop for word in words]
-    starts = [word.start for word in words]
-    taken: list[Entity] = []
-    for span in sorted(set(spans), key=lambda span: (span.start - span.stop, span)):
-        if not 0 <= span.start < span.stop <= len(text):
-            raise UserError(f"{where}: entity {span.start}..{span.stop} is not within the {len(text)} characters of "
-                            "its text; places count characters (code points) from 0, the end not included")
-        first = bisect.bisect_right(ends, span.start)  # the first word that ends behind it
-        last = first
-        while last < len(words) and starts[last] < span.stop:
-            last += 1
-        if first == last:
-            counts["without_words"] += 1
-            continue
-        if starts[first] != span.start or ends[last - 1] != span.stop:
-            counts["widened"] += 1
-        if any(first < entity.stop and entity.start < last for entity in taken):
-            counts["overlapping"] += 1
-            continue
-        taken.append(Entity(first, last, span.type))
+    taken = entities_of(spans, [(word.start, word.stop) for word in words], text, where, counts)
     # An entity does not end with a sentence that was cut within it: join those sentences again.
     bounds = [0]
     for sentence in cut:
@@ -102,7 +83,33 @@ def sentences(text: str, spans: Iterable[Span], where: str, counts: Counter[str]
             for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _line(line: str, where: str) -> tuple[str, list[Span]]:
+def entities_of(spans: Iterable[Span], places: Sequence[tuple[int, int]], text: str, where: str, counts: Counter[str]
+                ) -> list[Entity]:
+    """The entities of a text by its words, which are at `places` (start, stop), in order."""
+    starts, ends = [start for start, _ in places], [stop for _, stop in places]
+    taken: list[Entity] = []
+    for span in sorted(set(spans), key=lambda span: (span.start - span.stop, span)):
+        if not 0 <= span.start < span.stop <= len(text):
+            raise UserError(f"{where}: entity {span.start}..{span.stop} is not within the {len(text)} characters of "
+                            "its text; places count characters (code points) from 0, the end not included")
+        first = bisect.bisect_right(ends, span.start)  # the first word that ends behind it
+        last = first
+        while last < len(places) and starts[last] < span.stop:
+            last += 1
+        if first == last:
+            counts["without_words"] += 1
+            continue
+        if starts[first] != span.start or ends[last - 1] != span.stop:
+            counts["widened"] += 1
+        if any(first < entity.stop and entity.start < last for entity in taken):
+            counts["overlapping"] += 1
+            continue
+        taken.append(Entity(first, last, span.type))
+    return taken
+
+
+def parse_line(line: str, where: str) -> tuple[Mapping[str, Any], str, list[Span]]:
+    """(the whole object, its text, its entities) of a line of JSON."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -113,7 +120,7 @@ def _line(line: str, where: str) -> tuple[str, list[Span]]:
     values = [] if key is None else row[key]
     if not isinstance(values, list):
         raise UserError(f"{where}: {key} is not a list; write [[start, end, type], ...]")
-    return row["text"], [_span(value, f"{where}: {key}[{i}]") for i, value in enumerate(values)]
+    return row, row["text"], [_span(value, f"{where}: {key}[{i}]") for i, value in enumerate(values)]
 
 
 def _span(value: Any, where: str) -> Span:

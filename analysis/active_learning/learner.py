@@ -1,0 +1,290 @@
+"""Pool-based active learning of a tagger: score the pool, buy the labels of a budget of words, train, repeat.
+
+    records = ActiveLearner(pool, GoldOracle(sentences), start, "mnlp", config, test=test).run()
+
+With a run folder every round is logged in its metrics.jsonl, and a learner that was interrupted anywhere goes on from
+what lies there and ends with the same sets and scores:
+
+    selected.npz   what a round has chosen, before anything is trained with it
+    state.npz      weights and moments, every SAVE_SECONDS and at the end of a round
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from analysis.active_learning import acquisition, selection, strategies
+from analysis.active_learning.config import StudyConfig, words_of
+from analysis.active_learning.oracle import Oracle
+from jaxmodels.cnn_cnn_lstm.tagger import Tagged, Tagger
+from jaxmodels.errors import Interrupted, UserError
+from train.data.conll import Sentence
+from train.data.tagged_rows import tagged_rows
+from train.entity_metrics import entity_scores
+from train.objectives.tagging import Tagging
+from train.optimizers import make_optimizer
+from train.runtime.run_folder import RunFolder
+from train.runtime.state import merge, split
+from train.runtime.step import TrainStep
+from train.settings import OptimizerConfig
+
+SAVE_SECONDS = 60.0
+BAD_STEPS = 10  # non-finite steps in a row
+SAVED = ("params", "rest", "opt", "step", "skipped", "bad")  # of a state; its random key is that of the seed
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundRecord:
+    """What a round has bought and what the tagger can do after it.
+
+    words, sentences, entities, empty (sentences without entities): of all that is labelled; picked_*: of this round.
+    share: words of the pool's. chosen: places in the pool, in the order of the choice. types: F1 by type.
+    """
+
+    round: int
+    words: int
+    share: float
+    sentences: int
+    entities: int
+    empty: int
+    picked_words: int
+    picked_sentences: int
+    picked_entities: int
+    picked_empty: int
+    chosen: tuple[int, ...]
+    steps: int
+    selection_seconds: float
+    training_seconds: float
+    precision: float
+    recall: float
+    f1: float
+    types: dict[str, float]
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> "RoundRecord":
+        """From a line of metrics.jsonl."""
+        values = {field.name: line[field.name] for field in dataclasses.fields(cls)}
+        return cls(**values | {"chosen": tuple(line["chosen"])})
+
+
+class Training(NamedTuple):
+    """A state, and where in its training it is: `done` steps of `round`, which took `seconds`."""
+
+    state: dict[str, Any]
+    round: int
+    done: int
+    seconds: float
+
+
+class ActiveLearner:
+    """One strategy with one seed. The first set depends on the seed alone; steps of a round on the budget alone.
+
+    pool: sentences of words, whose labels only the oracle knows. model: the tagger before training, whose vocabulary
+    and tags are fixed. test: sentences that every round is scored on; nothing is chosen by them. told: called with
+    every finished round.
+    """
+
+    def __init__(self, pool: Sequence[Sequence[str]], oracle: Oracle, model: Tagger, strategy: str, config: StudyConfig,
+                 *, test: Sequence[Sentence], seed: int = 0, folder: RunFolder | None = None,
+                 told: Callable[[RoundRecord], None] = lambda record: None):
+        self.pool, self.oracle, self.start, self.strategy, self.cfg = pool, oracle, model, strategy, config
+        self.test, self.seed, self.folder, self.told = test, seed, folder, told
+        self.lengths = np.array([len(words) for words in pool], int)
+        self.total = int(self.lengths.sum())
+        if not self.total:
+            raise UserError("the pool has no sentence with words; give some")
+        self.graphdef, self.optimizer, self.step = _compiled(split(model.model)[0], config.optimizer)
+        self.tags: dict[int, Sequence[str]] = {}  # what is labelled
+
+    def run(self) -> list[RoundRecord]:
+        """The rounds, from the first set on; fewer than the config's where the pool ends."""
+        records, training = self._restored()
+        for record in records:
+            self.told(record)
+        while len(records) <= self.cfg.protocol.rounds and not (records and records[-1].words == self.total):
+            number = len(records)
+            places, seconds = self._selected(number, records, training)
+            chosen = np.concatenate([np.array(one.chosen, int) for one in records] + [places])
+            self._label(chosen)
+            if training.round < number:
+                training = self._begun(number, training.state)
+            training = self._trained(number, training, chosen)
+            tagger = self.tagger(training.state)
+            record = self._record(number, places, chosen, seconds, training, self.tag_test(tagger))
+            if self.folder:
+                self.folder.log(number, **dataclasses.asdict(record))
+            records.append(record)
+            self.told(record)
+        self.training = training
+        return records
+
+    def tagger(self, state: Mapping[str, Any] | None = None) -> Tagger:
+        """With the weights of a state; default: those after the last round. Usable until training goes on."""
+        state = self.training.state if state is None else state
+        return Tagger(merge(self.graphdef, state["params"], state["rest"]), self.start.vocabulary, self.start.joins)
+
+    def tag_test(self, tagger: Tagger) -> list[Tagged]:
+        return tagger.tag([one.words for one in self.test], check=self._check)
+
+    # Rounds
+
+    def _selected(self, number: int, records: Sequence[RoundRecord], training: Training) -> tuple[np.ndarray, float]:
+        """(places, seconds) of a round: what an earlier start has chosen, or a choice with the weights of the last."""
+        found = self.folder.load_npz("selected") if self.folder else None
+        if found is not None and int(found["round"]) == number:
+            return found["places"], float(found["seconds"])
+        began = time.perf_counter()
+        p, seed = self.cfg.protocol, 1000 * self.seed + number
+        if number == 0:
+            places = selection.by_score(acquisition.random(len(self.pool), self.seed), self.lengths,
+                                        words_of(p.init, self.total, "protocol.init"), seed=self.seed,
+                                        overshoot=p.overshoot)
+        else:
+            available = np.ones(len(self.pool), bool)
+            available[[i for one in records for i in one.chosen]] = False
+            places = strategies.choose(self.strategy, self.tagger(training.state), self.pool,
+                                       words_of(p.words, self.total, "protocol.words"), available=available, seed=seed,
+                                       passes=p.passes, overshoot=p.overshoot, check=self._check)
+        seconds = time.perf_counter() - began
+        if self.folder:
+            self.folder.save_npz("selected", round=number, places=places, seconds=seconds)
+        return places, seconds
+
+    def _label(self, chosen: np.ndarray) -> None:
+        new = [int(i) for i in chosen if int(i) not in self.tags]
+        for i, tags in zip(new, self.oracle.labels(new) if new else (), strict=True):
+            if len(tags) != len(self.pool[i]):
+                raise UserError(f"sentence {i} of the pool has {len(self.pool[i])} words, its labels are {len(tags)}; "
+                                "label it again")
+            self.tags[i] = tags
+
+    def _begun(self, number: int, state: dict[str, Any]) -> Training:
+        """The state that a round's training begins with."""
+        mode = self.cfg.protocol.mode
+        if number == 0 or mode == "warm":
+            return Training(state, number, 0, 0.0)
+        fresh = self._fresh() | {name: state[name] for name in ("step", "skipped")}
+        if mode == "shrink_perturb":
+            leaves, tree = jax.tree.flatten(state["params"])
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number), len(leaves))
+            p = self.cfg.protocol
+            fresh["params"] = jax.tree.unflatten(tree, [
+                p.shrink * leaf + p.perturb * jax.random.normal(key, leaf.shape, leaf.dtype)
+                for leaf, key in zip(leaves, keys, strict=True)])
+        return Training(fresh, number, 0, 0.0)
+
+    def _trained(self, number: int, training: Training, chosen: np.ndarray) -> Training:
+        """After the steps of a round over all that is labelled; saved."""
+        steps, data = self.steps_of(number), self.cfg.data
+        state, _, done, seconds = training
+        if done < steps:
+            sentences = [Sentence(tuple(self.pool[i]), tuple(self.tags[int(i)])) for i in chosen]
+            reach = self.start.model.cfg.reach
+            rows = tagged_rows(sentences, self.start.vocabulary, data.length, reach, 1000 * self.seed + number)
+            order = _order(len(rows["words"]), steps * data.batch, 1000 * self.seed + number)
+            saved = began = time.perf_counter()
+            for at in range(done, steps):
+                here = order[at * data.batch:(at + 1) * data.batch]
+                state, metrics = self.step(state, {name: array[here] for name, array in rows.items()})
+                if int(metrics["bad"]) >= BAD_STEPS:
+                    raise UserError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not finite; lower "
+                                    f"optimizer.learning_rate={self.cfg.optimizer.learning_rate}")
+                now = time.perf_counter()
+                so_far = Training(state, number, at + 1, seconds + now - began)
+                try:
+                    self._check()
+                except Interrupted:
+                    self._save(so_far)
+                    raise
+                if now - saved > SAVE_SECONDS:
+                    self._save(so_far)
+                    saved = now
+            training = so_far
+            self._save(training)
+        return training
+
+    def steps_of(self, number: int) -> int:
+        """Of a round: passes over so many words as its budgets plan, however many sentences a strategy picks."""
+        p, data, gap = self.cfg.protocol, self.cfg.data, self.start.model.cfg.reach
+        words = words_of(p.init, self.total, "protocol.init") + number * words_of(p.words, self.total, "protocol.words")
+        full = self.total / (self.total + len(self.pool) * (2 + gap))  # of a row's positions: words
+        epochs = p.epochs if number else p.first_epochs
+        return max(math.ceil(epochs * min(words, self.total) / (data.batch * data.length * full)), p.least_steps)
+
+    def _record(self, number: int, places: np.ndarray, chosen: np.ndarray, selection_seconds: float, training: Training,
+                found: Sequence[Tagged]) -> RoundRecord:
+        scores = entity_scores([one.tags for one in self.test], [one.tags for one in found])
+        all_, new = (self._counts(which) for which in (chosen, places))
+        return RoundRecord(
+            round=number, words=all_["words"], share=all_["words"] / self.total,
+            **{name: all_[name] for name in ("sentences", "entities", "empty")},
+            **{f"picked_{name}": value for name, value in new.items()}, chosen=tuple(int(i) for i in places),
+            steps=self.steps_of(number), selection_seconds=round(selection_seconds, 3),
+            training_seconds=round(training.seconds, 3),
+            **{name: scores[name] for name in ("precision", "recall", "f1")},
+            types={name.removesuffix(".f1"): value for name, value in scores.items() if name.endswith(".f1")})
+
+    def _counts(self, places: np.ndarray) -> dict[str, int]:
+        entities = [sum(tag[0] == "B" for tag in self.tags[int(i)]) for i in places]
+        return {"words": int(self.lengths[places].sum()), "sentences": len(places), "entities": sum(entities),
+                "empty": sum(not count for count in entities)}
+
+    # State
+
+    def _fresh(self) -> dict[str, Any]:
+        """Before any training, in arrays of its own: a step takes those of the state that it is given."""
+        params, rest = jax.tree.map(jnp.copy, split(self.start.model)[1:])
+        zero = np.zeros((), np.int32)
+        return {"params": params, "rest": rest, "opt": self.optimizer.init(params), "step": jnp.array(zero),
+                "rng": jax.random.fold_in(jax.random.key(self.seed), 1), "skipped": jnp.array(zero),
+                "bad": jnp.array(zero)}
+
+    def _save(self, training: Training) -> None:
+        if self.folder:
+            leaves = jax.tree.leaves({name: training.state[name] for name in SAVED})
+            self.folder.save_npz("state", round=training.round, done=training.done, seconds=training.seconds,
+                                 **{str(i): leaf for i, leaf in enumerate(leaves)})
+
+    def _restored(self) -> tuple[list[RoundRecord], Training]:
+        """(finished rounds, the state after them or within the next); from the beginning where files are missing."""
+        fresh = self._fresh()
+        training = Training(fresh, -1, 0, 0.0)
+        if not self.folder:
+            return [], training
+        records = [RoundRecord.of(line) for line in self.folder.metrics()]
+        found = self.folder.load_npz("state")
+        selected = self.folder.load_npz("selected")
+        number = -1 if found is None else int(found["round"])
+        within = number == len(records) and selected is not None and int(selected["round"]) == number
+        if number < 0 or not (number == len(records) - 1 or within):
+            self.folder.truncate_metrics(-1)  # choices and training are repeated, and come out alike
+            return [], training
+        leaves, tree = jax.tree.flatten({name: fresh[name] for name in SAVED})
+        values = [jnp.asarray(found[str(i)]) for i in range(len(leaves))]
+        state = jax.tree.unflatten(tree, values) | {"rng": fresh["rng"]}
+        self._label(np.array([i for one in records for i in one.chosen], int))
+        return records, Training(state, number, int(found["done"]), float(found["seconds"]))
+
+    def _check(self) -> None:
+        if self.folder:
+            self.folder.check_stop()
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(graphdef: Any, optimizer: OptimizerConfig) -> tuple[Any, Any, Callable]:
+    """(graphdef, optimizer, step) of all learners of one shape: seeds and strategies share one compilation."""
+    made = make_optimizer(optimizer, 1)
+    return graphdef, made, jax.jit(TrainStep(graphdef, Tagging(), made), donate_argnums=0)
+
+
+def _order(rows: int, count: int, seed: int) -> np.ndarray:
+    """Rows of a round's batches, int[count]: pass after pass, each shuffled anew."""
+    r = np.random.default_rng(seed)
+    return np.concatenate([r.permutation(rows) for _ in range(-(-count // rows))])[:count]

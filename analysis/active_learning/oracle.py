@@ -1,0 +1,64 @@
+"""Who labels: the corpus itself, or people who put their exports into a folder."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxmodels.errors import UserError
+from train.data.annotations import Item, identity, item_tags, matched, read_items, write_items
+from train.data.conll import Sentence
+
+BATCH = "batch.jsonl"
+
+
+class Oracle(Protocol):
+    def labels(self, places: Sequence[int] | np.ndarray) -> list[Sequence[str]]:
+        """IOB2 tags of the pool's sentences at these places."""
+
+
+class GoldOracle:
+    """Answers from a corpus whose labels are there already."""
+
+    def __init__(self, sentences: Sequence[Sentence]):
+        self.sentences = sentences
+
+    def labels(self, places: Sequence[int] | np.ndarray) -> list[Sequence[str]]:
+        return [self.sentences[i].tags for i in places]
+
+
+class FileOracle:
+    """Answers from the exports that lie in a folder (see `train.data.annotations`), each sentence found by its text:
+    the pool's words with spaces between.
+
+    What is asked and not there is written to ``batch.jsonl`` in that folder, and a UserError says so: label it, put the
+    export beside and give the same command again.
+    """
+
+    def __init__(self, folder: str | Path, pool: Sequence[Sequence[str]]):
+        self.folder, self.pool = Path(folder), pool
+
+    def labels(self, places: Sequence[int] | np.ndarray) -> list[Sequence[str]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = [path for path in sorted(self.folder.iterdir()) if path.suffix in (".json", ".jsonl")
+                 and path.name != BATCH]
+        known = matched([item for path in files for item in read_items(path)],
+                        {identity(" ".join(words)): "" for words in self.pool})
+        asked = {int(i): identity(" ".join(self.pool[i])) for i in places}
+        missing = [i for i, name in asked.items() if name not in known]
+        if missing:
+            texts = [" ".join(self.pool[i]) for i in missing]
+            write_items(self.folder / BATCH, [Item(identity(text), text, ()) for text in texts], "jsonl")
+            raise UserError(f"{len(missing)} of {len(asked)} sentences are not labelled yet; label "
+                            f"{self.folder / BATCH}, put the export (.json, .jsonl) beside it and give the same "
+                            "command again")
+        return [item_tags(known[asked[int(i)]], spaced(self.pool[i]), Counter()) for i in places]
+
+
+def spaced(words: Sequence[str]) -> list[tuple[int, int]]:
+    """Where words are in their text with a space between each two: [(start, stop)]."""
+    stops = list(itertools.accumulate(len(word) + 1 for word in words))
+    return [(stop - 1 - len(word), stop - 1) for word, stop in zip(words, stops, strict=True)]

@@ -1,0 +1,217 @@
+"""The report of one tagger: entity scores by type, what kind of errors, how far confidences hold, sentences.
+
+Its parts read predictions.jsonl, so that the study of active learning shows the same of every strategy.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.report import style
+from analysis.report.generic import curves, flat_rows, is_number, read_run
+from analysis.report.html import Report
+from jaxmodels.cnn_cnn_lstm.schemes import Entity, tags_of
+from jaxmodels.errors import UserError
+from train.entity_metrics import entity_scores, errors
+from train.tag_confidence import calibration_error, reliability
+
+Predictions = list[dict[str, Any]]  # words, truth (start, stop, type), said (the same and a confidence), confidence
+NOTHING = "nothing"
+EXAMPLES, LONGEST = 12, 60  # sentences that are shown, and words of one
+ERRORS = {"type": "type wrong, both ends right", "boundary": "type right, an end wrong", "both": "both wrong, overlaps",
+          "missed": "missed", "spurious": "there is none"}
+# Feature CRFs without vectors, measured once on the shared data (ner_active_learning.md section 9).
+KNOWN = {"bc5cdr": ("feature CRF, no vectors", 0.790), "ncbi_disease": ("feature CRF, no vectors", 0.783),
+         "wnut17": ("feature CRF, no vectors", 0.163)}
+CARDS = (("test.f1", "F1", "entities of the test part: type and both ends right"), ("test.precision", "precision", ""),
+         ("test.recall", "recall", ""), ("test.macro_f1", "macro F1", "mean over types"), ("dev_f1", "F1 on dev", ""),
+         ("test.surface_f1", "surface F1", "distinct forms"),
+         ("test.entity_ece", "calibration error", "of entities; lower is better"),
+         ("test.words_per_second", "words a second", "tagging the test part"),
+         ("epoch_seconds", "seconds an epoch", ""), ("parameters", "parameters", ""))
+
+
+def build(run_dir: str | Path) -> Path:
+    """Writes report.html of a finished or interrupted run of ner; returns its path."""
+    folder = Path(run_dir)
+    config, results, lines = read_run(folder)
+    report = Report(str(config.get("name") or folder.name), f"Status: {results.get('status', 'nothing yet')}.")
+    report.section("Results")
+    cards = [(label, results[key], note) for key, label, note in CARDS if is_number(results.get(key))]
+    report.number_cards((label, value, _interval(results) if label == "F1" else note) for label, value, note in cards)
+    _beside(report, config, results)
+    predictions = read_predictions(folder / "predictions.jsonl")
+    if predictions:
+        types_section(report, {"test": predictions})
+        errors_section(report, predictions)
+        reliability_section(report, {"test": predictions})
+        examples_section(report, predictions)
+    if lines:
+        report.section("Training", "Chosen is the step of the best F1 on the development part.")
+        curves(report, {"": lines})
+    report.section("What was run")
+    report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
+    report.table(flat_rows(config), {"key": "setting", "value": "value"}, "The resolved config.", "config")
+    return report.save(folder / "report.html")
+
+
+def _interval(results: Mapping[str, Any]) -> str:
+    low, high = results.get("test.f1_low"), results.get("test.f1_high")
+    return f"95 %: {low:.3f} to {high:.3f}" if is_number(low) and is_number(high) else ""
+
+
+def _beside(report: Report, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Other systems on the same files: results ``peer.NAME.f1``, and what was measured once."""
+    rows = [{"system": "this run", "F1": results.get("test.f1"), "measured": "here"}]
+    rows += [{"system": key.removeprefix("peer.").removesuffix(".f1"), "F1": value, "measured": "here"}
+             for key, value in results.items() if key.startswith("peer.") and key.endswith(".f1")]
+    source = ((config.get("config") or {}).get("data") or {}).get("source")
+    if source in KNOWN and (config["config"]["data"].get("limit") is None):
+        name, value = KNOWN[source]
+        rows.append({"system": name, "F1": value, "measured": "earlier, once"})
+    if len(rows) > 1:
+        report.table(rows, caption="F1 beside other systems on the same test part.", name="systems")
+
+
+# Parts
+
+
+def read_predictions(path: Path) -> Predictions:
+    """[] if there is no file. Raises UserError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and give the command of the run again") from None
+
+
+def tags(row: Mapping[str, Any], key: str) -> list[str]:
+    """IOB2, of ``truth`` or ``said``."""
+    return tags_of([Entity(*one[:3]) for one in row[key]], len(row["words"]))
+
+
+def types_of(predictions: Predictions) -> list[str]:
+    return sorted({one[2] for row in predictions for key in ("truth", "said") for one in row[key]})
+
+
+def error_counts(predictions: Predictions) -> tuple[Counter[str], Counter[tuple[str, str]]]:
+    """(errors by kind, entities by (true type, said type)), NOTHING where there is none; boundary errors aside."""
+    kinds: Counter[str] = Counter()
+    pairs: Counter[tuple[str, str]] = Counter()
+    for row in predictions:
+        right = {tuple(one) for one in row["truth"]} & {tuple(one[:3]) for one in row["said"]}
+        pairs.update((kind, kind) for _, _, kind in right)
+        for kind, true, said in errors(tags(row, "truth"), tags(row, "said")):
+            kinds[kind] += 1
+            pairs[true.type if true else NOTHING, said.type if said else NOTHING] += 1
+    return kinds, pairs
+
+
+def events(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence and rightness of every entity that is said."""
+    said = [(one[3], one[:3] in row["truth"]) for row in predictions for one in row["said"]]
+    return np.array([p for p, _ in said], float), np.array([right for _, right in said], bool)
+
+
+def types_section(report: Report, by_label: Mapping[str, Predictions]) -> None:
+    """Precision, recall and F1 of each type."""
+    rows = []
+    for label, predictions in by_label.items():
+        scores = entity_scores([tags(row, "truth") for row in predictions], [tags(row, "said") for row in predictions])
+        there = Counter(one[2] for row in predictions for one in row["truth"])
+        rows += [{"of": label, "type": kind, **{name: scores[f"{kind}.{name}"] for name in
+                                                ("precision", "recall", "f1")}, "entities": there[kind]}
+                 for kind in sorted(there)]
+    report.section("By type")
+    columns = {"type": "type", "precision": "precision", "recall": "recall", "f1": "F1", "entities": "entities"}
+    report.table(rows, columns if len(by_label) == 1 else {"of": "tagger", **columns}, "Entities of the test part; "
+                 "type and both ends have to be right.", "types")
+
+
+def errors_section(report: Report, predictions: Predictions, of: str = "") -> None:
+    """Kinds of errors, and which types stand for which."""
+    kinds, pairs = error_counts(predictions)
+    total = max(sum(kinds.values()), 1)
+    report.section("What kind of errors" + (f": {of}" if of else ""), "Every error is in one of five kinds. An entity "
+                   "with a wrong end counts as missed and as wrong in F1, though a reader may be content with it.")
+    report.table([{"error": told, "n": kinds[kind], "share": kinds[kind] / total} for kind, told in ERRORS.items()],
+                 caption="Errors on the test part.", name="errors")
+    names = [*types_of(predictions), NOTHING]
+    table = np.array([[pairs[a, b] for b in names] for a in names], float)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    figure, axes = style.new_figure(min(2.6 + 0.6 * len(names), 7), 1.8 + 0.4 * len(names))
+    style.heat_map(axes, share, names, names, "share of the row", vmin=0, vmax=1)
+    axes.set(xlabel="said", ylabel="true")
+    for i, j in np.ndindex(table.shape):
+        if table[i, j]:
+            axes.text(j, i, f"{int(table[i, j])}", ha="center", va="center", fontsize=7.5,
+                      color="black" if share[i, j] > 0.6 else "white")
+    report.figure(figure, "True type against said type, of entities that overlap; numbers are entities. Wrong ends "
+                  "with the right type are on the diagonal.", [{"true": a, "said": b, "n": pairs[a, b]} for a in names
+                                                          for b in names], "confusion", "Confusion of entity types")
+
+
+def reliability_section(report: Report, by_label: Mapping[str, Predictions], note: str = "") -> None:
+    """How often entities of a confidence are right."""
+    report.section("How far confidences hold", "Entities of a confidence of 0.8 should be right in 80 % of cases: on "
+                   f"the line. {note}".strip())
+    figure, axes = style.new_figure(4.6, 4.0)
+    axes.plot([0, 1], [0, 1], color=style.GRID, linewidth=1)
+    points, rows = [], []
+    for label, predictions in by_label.items():
+        p, right = events(predictions)
+        if not len(p):
+            continue
+        found = reliability(p, right)
+        axes.plot([one["confidence"] for one in found], [one["right"] for one in found], marker="o", label=label)
+        points += [{"of": label, **one} for one in found]
+        rows.append({"of": label, "said entities": len(p), "right": float(right.mean()),
+                     "mean confidence": float(p.mean()), "calibration error": calibration_error(p, right)})
+    axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    if len(by_label) > 1:
+        axes.legend()
+    report.figure(figure, "Entities that are said, in ten bins of confidence.", points, "reliability",
+                  "Share of right entities over confidence")
+    report.table(rows, caption="Expected calibration error over ten bins of equal size.", name="calibration")
+
+
+def examples_section(report: Report, predictions: Predictions, of: str = "") -> None:
+    """Sentences with errors, then some without: what is said is coloured, what is true underlined."""
+    report.section("Sentences" + (f": {of}" if of else ""), "Orange: what the tagger says, the deeper the surer, its "
+                   "type behind it. Underlined: the true entity, and where it differs its type too. The first are the "
+                   "surest errors, the last are right.")
+    short = [row for row in predictions if row["truth"] and len(row["words"]) <= LONGEST]
+    wrong = [row for row in short if {tuple(one) for one in row["truth"]} != {tuple(one[:3]) for one in row["said"]}]
+    right = [row for row in short if row not in wrong]
+    wrong = sorted(wrong, key=lambda row: -row["confidence"])[:EXAMPLES * 2 // 3]
+    for row in [*wrong, *right[:EXAMPLES - len(wrong)]]:
+        pieces, values, marked = highlighted(row)
+        report.coloured(pieces, values, f"confidence of the whole: {row['confidence']:.2f}", marked)
+
+
+def highlighted(row: Mapping[str, Any]) -> tuple[list[str], list[float], set[int]]:
+    """(pieces, their values, places that are underlined) as `Report.coloured` takes them."""
+    sure = {i: one[3] for one in row["said"] for i in range(one[0], one[1])}
+    true = {i for one in row["truth"] for i in range(one[0], one[1])}
+    said = {one[1] - 1: one[2] for one in row["said"]}
+    right = {tuple(one[:3]) for one in row["said"]}
+    missed = {one[1] - 1: one[2] for one in row["truth"] if tuple(one) not in right}
+    pieces, values, marked = [], [], set()
+    for i, word in enumerate(row["words"]):
+        # A space within an entity has its colour, so that the entity is one block; full colour stands for 1.
+        inside = i + 1 in sure and i not in said
+        for piece, value, under in ((word, sure.get(i, 0.0), i in true),
+                                    (f" [{said[i]}]" if i in said else "", 0.0, False),
+                                    (f" (true: {missed[i]})" if i in missed else "", 0.0, False),
+                                    (" ", sure.get(i, 0.0) if inside else 0.0, False)):
+            if piece:
+                if under:
+                    marked.add(len(pieces))
+                pieces.append(piece)
+                values.append(value)
+    return pieces, values, marked

@@ -1,0 +1,268 @@
+"""Active learning end to end on sentences written here: sets, budgets, interruption, modes, strategies, curves, report.
+
+One study is run for all tests, and every learner has its shapes, so that each program is compiled once.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from analysis import ner_report
+from analysis.active_learning import curves, report, strategies, study
+from analysis.active_learning.claims import NO, OPEN, YES, judged
+from analysis.active_learning.config import STRATEGIES, ProtocolConfig, StudyConfig, words_of
+from analysis.active_learning.learner import ActiveLearner, RoundRecord
+from analysis.active_learning.oracle import FileOracle, GoldOracle
+from jaxmodels.errors import Interrupted, UserError
+from train import ner
+from train.data.conll import Sentence, write_conll
+from train.data.tagged import tagged_texts
+from train.ner_config import NerDataConfig, NerRun, TaggerConfig
+from train.runtime.config import resolve, to_dict
+from train.runtime.run_folder import RunFolder
+from train.settings import OptimizerConfig
+
+NAMES, PLACES = ("Anna", "Bob", "Carl", "Dora"), ("Rome", "Oslo", "Lima", "Bonn")
+SECONDS = ("selection_seconds", "training_seconds")
+
+
+def sentences(count, seed):
+    r, found = np.random.default_rng(seed), []
+    for i in range(count):
+        name, place = NAMES[r.integers(4)], PLACES[r.integers(4)]
+        words = [(name, "B-PER"), ("sees", "O"), (place, "B-LOC"), (f"w{r.integers(9)}", "O"), ("today", "O"),
+                 ("again", "O")][:int(r.integers(2, 7))]
+        if i % 4 == 0:
+            words = [("it", "O"), (f"w{r.integers(9)}", "O"), (f"v{i}", "O")]
+        found.append(Sentence(*zip(*words, strict=True)))
+    return found
+
+
+def config(path, **changes):
+    protocol = ProtocolConfig(init="20%", words="15%", rounds=3, first_epochs=4, epochs=2, least_steps=6, passes=3)
+    return StudyConfig(
+        data=NerDataConfig(path=str(path), length=16, batch=4), strategies=("random", "mnlp"), seeds=2,
+        model=TaggerConfig(d_char=6, char_filters=8, d_word=10, word_filters=12, word_width=3, d_hidden=8, d_tag=4,
+                           dropout=0.2, chars=8),
+        optimizer=OptimizerConfig(learning_rate=2e-2, schedule="constant", warmup=0.0, clip=5.0),
+        reference_epochs=4, **{"protocol": protocol} | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    for part, count, seed in (("train", 60, 0), ("dev", 4, 1), ("test", 16, 2)):
+        write_conll(root / "data" / f"{part}.conll", sentences(count, seed))
+    cfg = config(root / "data")
+    with RunFolder(root / "run", {}) as folder:
+        study.run(cfg, folder)
+        results = folder.results()
+    source = tagged_texts(cfg.data.name)
+    start = ner.starting_tagger(NerRun(data=cfg.data, model=cfg.model), source, folder)
+    return cfg, root / "run", results, source, start
+
+
+def learner(finished, strategy="mnlp", folder=None, **changes):
+    cfg, _, _, source, start = finished
+    pool = [one.words for one in source.parts["train"]]
+    return ActiveLearner(pool, GoldOracle(source.parts["train"]), start, strategy,
+                         dataclasses.replace(cfg, **changes), test=source.parts["test"], folder=folder)
+
+
+def same(records):
+    return [{key: value for key, value in dataclasses.asdict(one).items() if key not in SECONDS} for one in records]
+
+
+def test_sets_and_budgets(finished):
+    cfg, out, _, source, _ = finished
+    records, full = study.read_records(cfg, out)
+    lengths = np.array([len(one) for one in source.parts["train"]])
+    for seed in (0, 1):
+        first = {records[name][seed][0].chosen for name in records}
+        assert len(first) == 1 and records["mnlp"][seed][1].chosen != records["random"][seed][1].chosen
+        for rounds in (records[name][seed] for name in records):
+            chosen = [i for one in rounds for i in one.chosen]
+            assert len(rounds) == 4 and len(set(chosen)) == len(chosen)
+            for number, one in enumerate(rounds):
+                budget = words_of("15%" if number else "20%", source.words, "")
+                assert budget <= one.picked_words < budget + lengths.max()
+                assert one.picked_words == lengths[list(one.chosen)].sum()
+                assert one.words == lengths[chosen[:one.sentences]].sum() and one.share == one.words / source.words
+        assert [one.steps for one in records["mnlp"][seed]] == [one.steps for one in records["random"][seed]]
+    assert records["mnlp"][0][0].chosen != records["mnlp"][1][0].chosen
+    assert full[0].words == source.words and sorted(full[0].chosen) == list(range(60))
+    gold = [sum(tag[0] == "B" for tag in one.tags) for one in source.parts["train"]]
+    last = records["random"][0][-1]
+    chosen = [i for one in records["random"][0] for i in one.chosen]
+    assert last.entities == sum(gold[i] for i in chosen) and last.empty == sum(not gold[i] for i in chosen)
+
+
+def test_the_study_tells_and_does_nothing_twice(finished, monkeypatch):
+    cfg, out, results, _, _ = finished
+    records, full = study.read_records(cfg, out)
+    assert results["finished"] and results["full.f1"] == np.mean([one.f1 for one in full.values()])
+    assert results["mnlp.f1.seed1"] == records["mnlp"][1][-1].f1
+    gain = [records["mnlp"][s][-1].f1 - records["random"][s][-1].f1 for s in (0, 1)]
+    assert np.sign(results["mnlp.gain.seed0"]) == np.sign(gain[0]) or abs(gain[0]) < 0.05
+    monkeypatch.setattr(ActiveLearner, "run", lambda self: pytest.fail("trained again"))
+    with RunFolder(out, {}) as folder:
+        study.run(cfg, folder)
+
+
+def test_interrupted_anywhere_it_ends_alike(finished, tmp_path, monkeypatch):
+    """Stopped every few checks: while choosing, in the middle of training, while scoring."""
+    cfg, out, _, _, _ = finished
+    whole = study.read_records(cfg, out)[0]["mnlp"][0]
+    assert same(learner(finished).run()) == same(whole)  # without a folder too
+    calls, starts, records = 0, 0, None
+
+    def check():
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            raise Interrupted("SIGTERM")
+
+    while records is None:
+        starts += 1
+        with RunFolder(tmp_path / "run", {}) as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(folder, "check_stop", check)
+            try:
+                records = learner(finished, folder=folder).run()
+            except Interrupted:
+                continue
+            finally:
+                patch.undo()
+    assert starts > 5 and same(records) == same(whole)
+    (tmp_path / "run" / "state.npz").unlink()  # lost: everything is done again, alike
+    with RunFolder(tmp_path / "run", {}) as folder:
+        assert same(learner(finished, folder=folder).run()) == same(whole)
+
+
+def test_what_a_round_begins_with(finished):
+    one = learner(finished)
+    one.run()
+    trained = jax.tree.map(np.array, one.training.state["params"])
+    first = jax.tree.map(np.array, one._fresh()["params"])
+
+    def begins(**changes):
+        protocol = dataclasses.replace(one.cfg.protocol, **changes)
+        one.cfg = dataclasses.replace(one.cfg, protocol=protocol)
+        return one._begun(4, one.training.state).state["params"]
+
+    for params, expected in ((begins(), trained), (begins(mode="scratch"), first),
+                             (begins(mode="shrink_perturb", shrink=0.5, perturb=0.0),
+                              jax.tree.map(lambda a: a / 2, trained))):
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    noisy = begins(shrink=1.0, perturb=0.1)["words"]["embed"] - trained["words"]["embed"]
+    assert 0.08 < float(np.std(noisy)) < 0.12
+
+
+def test_every_strategy_keeps_its_budget_and_repeats_itself(finished):
+    _, _, _, source, start = finished
+    pool = [one.words for one in source.parts["train"]]
+    available = np.arange(len(pool)) >= 20
+    for name in STRATEGIES:
+        a, b = (strategies.choose(name, start, pool, 30, available=available, seed=3, passes=3, overshoot=False)
+                for _ in range(2))
+        assert a.tolist() == b.tolist() and len(set(a)) == len(a) and a.min() >= 20
+        assert 24 < sum(len(pool[i]) for i in a) <= 30
+
+
+def test_the_pool_may_end(finished):
+    protocol = dataclasses.replace(finished[0].protocol, init="60%", words="50%", rounds=9)
+    records = learner(finished, "random", protocol=protocol).run()
+    assert len(records) == 2 and records[-1].share == 1
+
+
+def test_people_are_asked(finished, tmp_path):
+    _, _, _, source, _ = finished
+    gold = source.parts["train"]
+    oracle = FileOracle(tmp_path / "labels", [one.words for one in gold])
+    with pytest.raises(UserError, match=r"3 of 3 sentences are not labelled yet"):
+        oracle.labels([1, 2, 4])
+    rows = [json.loads(line) for line in (tmp_path / "labels" / "batch.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [" ".join(gold[i].words) for i in (1, 2, 4)]
+    for row, i in zip(rows, (1, 2, 4), strict=True):
+        words = row["text"].split(" ")
+        row["entities"] = [[row["text"].index(word), row["text"].index(word) + len(word), tag[2:]]
+                           for word, tag in zip(words, gold[i].tags, strict=True) if tag != "O"]
+    (tmp_path / "labels" / "done.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [tuple(tags) for tags in oracle.labels([4, 1, 2])] == [gold[i].tags for i in (4, 1, 2)]
+    with pytest.raises(UserError, match="1 of 2 sentences"):
+        oracle.labels([2, 7])
+
+
+def test_curves():
+    curve = np.array([0.02, 0.06, 0.10]), np.array([0.30, 0.50, 0.70])
+    assert curves.share_to(curve, 0.6) == pytest.approx(0.08) and curves.share_to(curve, 0.71) is None
+    assert curves.share_to(curve, 0.2) == 0.02 and curves.f1_at(curve, 0.04) == pytest.approx(0.4)
+    assert curves.f1_at(curve, 0.2) is None and curves.area(curve) == pytest.approx(0.5)
+    assert curves.area(curve, 0.04, 0.06) == pytest.approx(0.45)
+
+    def rounds(f1s, chosen):
+        return [RoundRecord(i, 10 * i, s, 1, 1, 0, 10, 2, 3, 1, (c,), 5, 0.0, 0.0, f, f, f, {"A": f})
+                for i, (s, f, c) in enumerate(zip(curve[0], f1s, chosen, strict=True))]
+
+    records = {"random": {s: rounds((0.3, 0.4, 0.5), (0, 1, 2)) for s in range(3)},
+               "mnlp": {s: rounds((0.3, 0.5, 0.7 + s / 100), (0, 2, 3)) for s in range(3)}}
+    each, by = curves.summaries(records, 0.7)
+    assert [row["gain"] for row in each if row["strategy"] == "mnlp"] == pytest.approx([0.2, 0.21, 0.22])
+    mnlp = next(row for row in by if row["strategy"] == "mnlp")
+    assert mnlp["to_95_seeds"] == 3 and mnlp["gain"] == pytest.approx(0.21) and mnlp["gain_sd"] == pytest.approx(0.01)
+    assert next(row for row in by if row["strategy"] == "random")["to_95"] is None
+    assert [row["jaccard"] for row in curves.overlap(records)] == pytest.approx([0, 1 / 3])
+    verdicts = {row["name"]: row["verdict"] for row in report.statements(records, 0.7)}
+    assert verdicts == {"gain.mnlp": YES, "words.mnlp": YES, "density": NO, "paper": OPEN}
+
+
+def test_verdicts():
+    assert [judged(gaps, "")[0] for gaps in ([1, 2, 3], [-1, -2, 0], [1, 1, -1], [1, 2], [1, None, 1], [])] == [
+        YES, NO, OPEN, OPEN, OPEN, OPEN]
+
+
+def test_the_report(finished):
+    cfg, out, results, _, _ = finished
+    about = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(about | {"config": to_dict(cfg)}))
+    page = report.build(out).read_text()
+    for told in ("not decidable", "95 %", "entities in 100 words", "Jaccard", "mnlp", "LOC", "calibration error",
+                 "an end wrong", "Underlined"):
+        assert told in page
+    assert f"{results['full.f1']:.4g}" in page
+
+
+def test_parts_of_a_taggers_report():
+    rows = [{"words": ["Anna", "Lee", "sees", "Oslo"], "truth": [[0, 2, "PER"], [3, 4, "LOC"]],
+             "said": [[0, 1, "PER", 0.9], [3, 4, "LOC", 0.6]], "confidence": 0.5}]
+    kinds, pairs = ner_report.error_counts(rows)
+    assert kinds == {"boundary": 1} and pairs == {("LOC", "LOC"): 1, ("PER", "PER"): 1}
+    p, right = ner_report.events(rows)
+    assert p.tolist() == [0.9, 0.6] and right.tolist() == [False, True]
+    pieces, values, marked = ner_report.highlighted(rows[0])
+    assert "".join(pieces) == "Anna [PER] Lee (true: PER) sees Oslo [LOC] "
+    assert [pieces[i] for i in sorted(marked)] == ["Anna", "Lee", "Oslo"]
+    assert dict(zip(pieces, values, strict=True))["Anna"] == 0.9
+
+
+@pytest.mark.parametrize("overrides, told", [
+    (["strategies=mnpl"], "mnlp"),
+    (["protocol.words=lots"], "neither a share"),
+    (["protocol.words=0%"], "at least 1"),
+    (["optimizer.schedule=cosine"], "constant"),
+    (["model.head=crf", "strategies=bald_decoder"], "crf"),
+    (["oracle=labels"], "seeds=1"),
+    (["known_f1=80"], "at most 1"),
+])
+def test_bad_settings(overrides, told):
+    with pytest.raises(UserError, match=told):
+        resolve("ner_active_learning", overrides)
+
+
+def test_the_presets_and_what_the_issue_writes():
+    assert resolve("ner_active_learning", ["data.source=craft", "strategies=mnlp"]).strategies == ("mnlp",)
+    assert resolve("ner_active_learning", ["preset=paper"]).protocol.rounds == 54
+    with pytest.raises(UserError, match="no sentence with words"):
+        ActiveLearner([], None, None, "random", StudyConfig(), test=[])
