@@ -111,8 +111,10 @@ def test_the_page(swept):
 def test_grids():
     planned = sweep.plan("text2tree_mesh", ["grid=methods", "preset=tiny", "seeds=2"])
     names = [trial.config.method.name for trial in planned.trials]
-    assert names[0] == "plain" and len(names) == 2 * len(set(names)) == 34 and "oversampling" not in names
+    assert names[0] == "plain" and len(names) == 2 * len(set(names)) == 36 and "oversampling" not in names
     assert planned.config["report"] == "analysis.text2tree_compare:build"
     paper = sweep.plan("text2tree_codiesp", ["grid=paper"]).trials
     assert len(paper) == 17 and {trial.config.method.tau for trial in paper} == {0.5, 1, 2, 3}
+    labels = sweep.plan("text2tree_mesh", ["grid=labels"]).trials
+    assert [trial.config.method.label_encoder for trial in labels] == ["cascade", "gcn", *["cascade"] * 3]
     assert "db" not in [t.variant for t in sweep.plan("text2tree_icd_phrases", ["grid=methods"]).trials]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import analysis.text2tree_report
 from jaxmodels import Taps, UserError
 from jaxmodels.text2tree import hiagm
 from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig
@@ -13,6 +14,9 @@ from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder
 from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
 from jaxmodels.text2tree.losses import LossConfig
 from jaxmodels.text2tree.tree import LabelTree
+from tests.tiny_texts import LEARNS, run, write
+from train import predict
+from train.data.coded_texts import Columns, coded_texts
 from train.objectives.coded_texts import CodedTextsObjective
 from train.text2tree_config import MethodConfig
 
@@ -158,3 +162,34 @@ def test_convolutions_are_trained_by_ssl():
     gradient = jax.jit(jax.grad(lambda state: nnx.merge(graphdef, state).loss(batch, jax.random.key(0))[0]))(state)
     largest = [float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient["labels"])]
     assert len(largest) == 1 + 3 * 4 and min(largest) > 0
+
+
+# In the experiment
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [(), ("data.length=8", "data.chunks=3")])
+@pytest.mark.parametrize("multi", [True, False], ids=["multi_label", "multi_class"])
+def test_a_run_learns_and_predict_answers_as_it_did(multi, options, tmp_path):
+    """The prior is counted, saved and loaded: another one would give other scores."""
+    path = write(tmp_path / "notes.csv", multi=multi)
+    found = run(tmp_path / "out", path, "method.name=hiagm", *LEARNS, *options)
+    assert found["test.model.tuned_macro_f1" if multi else "test.model.macro_f1"] > 0.6
+    saved = np.load(tmp_path / "out" / "predictions.npz")
+    source = coded_texts(f"path:{path}", columns=Columns(split="split"))
+    counted = np.load(tmp_path / "out" / "model.npz")["head/prior"]
+    assert np.array_equal(counted, hiagm.prior(source.parts["train"].labels, source.tree)) and 0 < counted.max() < 2
+    best = np.zeros(len(saved["labels"]), np.float32)
+    for text, (score, *_) in predict.predict(tmp_path / "out", source.parts["test"].texts, top=1).rows:
+        best[text] = score
+    scores = saved["model_scores"].max(1) if multi else saved["model_scores"]
+    np.testing.assert_allclose(best, scores.astype(np.float32), atol=5e-4)
+
+
+@pytest.mark.long
+def test_a_run_with_convolutions_has_a_report(tmp_path):
+    found = run(tmp_path / "out", write(tmp_path / "notes.csv"), "method.label_encoder=gcn")
+    states = np.load(tmp_path / "out" / "labels.npz")
+    assert 0 <= found["test.model.tuned_macro_f1"] <= 1 and states["attention"].shape == (0, 3)
+    assert not np.array_equal(states["before"], states["after"])
+    assert "Cosines of the states" in analysis.text2tree_report.build(tmp_path / "out").read_text()

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree import baselines
 from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig, is_label, predictions
+from jaxmodels.text2tree.hiagm import prior
 from jaxmodels.text2tree.hlr import label_rows
 from jaxmodels.text2tree.losses import LossConfig
 from jaxmodels.text2tree.tree import LabelTree
@@ -28,8 +29,8 @@ from train.objectives.coded_texts import OVER_NODES, CodedTextsObjective, loss_c
 from train.optimizers import make_optimizer, make_schedule, scaled
 from train.predict import Predictions
 from train.runtime import loop
-from train.runtime.config import from_dict
-from train.runtime.files import load_npz, read_json, write_json
+from train.runtime.config import config_hash, from_dict
+from train.runtime.files import load_npz, read_json, save_npz, write_json
 from train.runtime.mesh import check_batch, make_mesh
 from train.runtime.run_folder import RESULTS, RunFolder
 from train.runtime.state import Blueprint, State, blueprint
@@ -144,11 +145,12 @@ def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
         pieces = [reader.tokenizer.encode(tree.name_of(node), special=False) for node in range(len(tree))]
         mask = reader.tokenizer.inner.token_to_id("[MASK]")
         rows = label_rows(tree, pieces, whole.embed[...], mask)
-    options = Text2TreeConfig(loss_config(method), start=method.start, chunks=cfg.data.chunks > 1)
+    options = Text2TreeConfig(loss_config(method), start=method.start, chunks=cfg.data.chunks > 1, head=head(cfg),
+                              attention="gcn" if method.label_encoder == "gcn" else "auto")
     # trained in place: a copy, so that a second model of the same reader begins alike
     encoder = nnx.clone(reader.encoder)
-    model = Text2Tree(encoder, outputs(cfg, tree), options, tree=tree if ours else None, pooler=reader.pooler,
-                      label_rows=rows, rngs=nnx.Rngs(cfg.seed))
+    model = Text2Tree(encoder, outputs(cfg, tree), options, tree=tree if ours or options.head == "hiagm" else None,
+                      pooler=reader.pooler, label_rows=rows, rngs=nnx.Rngs(cfg.seed))
     if method.name == "ldam_drw":
         model.taken = nnx.Variable(jnp.zeros((), jnp.int32))  # steps, see the objective
     return model
@@ -157,6 +159,10 @@ def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
 def outputs(cfg: Text2TreeRun, tree: LabelTree) -> int:
     """Of the head: the classes, or all nodes but the root."""
     return len(tree) - 1 if cfg.method.name in OVER_NODES else tree.num_classes
+
+
+def head(cfg: Text2TreeRun) -> str:
+    return "hiagm" if cfg.method.name == "hiagm" else "linear"
 
 
 def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, data: Path, mesh: Any
@@ -170,6 +176,8 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
     epoch = len(rows) // cfg.data.batch
     cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
     start = build(cfg, source.tree, reader)
+    if cfg.method.name == "hiagm":
+        start.head.prior[...] = jnp.asarray(prior(labels, source.tree))
     optimizer, schedule = make_tuner(cfg)
     plan = blueprint(lambda key: start, optimizer, mesh, seed=cfg.seed)
     objective = CodedTextsObjective(cfg.method, tuple(source.train_counts.tolist()), len(labels), source.tree,
@@ -221,7 +229,8 @@ class Best:
         step = int(jax.device_get(state["step"]))
         model = nnx.merge(self.plan.graphdef, jax.tree.map(jnp.asarray, nnx.state(
             experiment.model_on_host(self.plan, state))))
-        found = scores_of(model, self.source.tree, self.source.multi_label, self.inputs, check)
+        found = scores_of(model, self.source.tree, self.source.multi_label,
+                          self.cfg.method.name in OVER_NODES, self.inputs, check)
         labels = self.source.parts["dev"].labels
         if self.source.multi_label:
             threshold = text_metrics.tuned_threshold(labels, found)
@@ -283,7 +292,7 @@ def loaded(data: Path, split: str) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def scores_of(model: Text2Tree, tree: LabelTree, multi_label: bool, inputs: dict[str, np.ndarray],
+def scores_of(model: Text2Tree, tree: LabelTree, multi_label: bool, over_nodes: bool, inputs: dict[str, np.ndarray],
               check: Callable[[], None] = lambda: None, batch: int = 64) -> np.ndarray:
     """Scores in [0, 1] of every class, float32[n, K]."""
     out, count = [], len(inputs["mask"])
@@ -292,7 +301,7 @@ def scores_of(model: Text2Tree, tree: LabelTree, multi_label: bool, inputs: dict
         check()
         here = np.resize(np.arange(start, min(start + batch, count)), batch)  # one shape
         logits = np.asarray(model(inputs["tokens"][here], inputs["mask"][here])[0])[:min(batch, count - start)]
-        if logits.shape[1] != tree.num_classes:  # a head over all nodes but the root
+        if over_nodes:
             logits = logits[:, tree.leaf_index - 1]
         out.append(predictions(logits, multi_label))
     return np.concatenate(out)
@@ -304,12 +313,12 @@ def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path
     What reports and comparisons need beside lies in predictions.npz (labels, and of each method ``NAME_said`` and, of
     the scores, ``NAME_scores``: all of them where texts have several codes, else the highest) and examples.json.
     """
-    found = {split: scores_of(model, source.tree, source.multi_label, loaded(data, split), folder.check_stop)
-             for split in ("dev", "test")}
+    found = {split: scores_of(model, source.tree, source.multi_label, cfg.method.name in OVER_NODES,
+                              loaded(data, split), folder.check_stop) for split in ("dev", "test")}
     part, classes, masks = source.parts["test"], source.tree.num_classes, text_metrics.buckets(source.train_counts)
     truth = part.labels if source.multi_label else text_metrics.one_hot(part.labels, classes)
     results, saved = {}, {"labels": part.labels, "counts": source.train_counts}
-    for name, scores in (("model", found), ("tfidf", text_floors.tfidf(source))):
+    for name, scores in (("model", found), ("tfidf", floor_scores(cfg, folder, source))):
         folder.check_stop()
         test, threshold, prefix = scores["test"], None, ""
         if source.multi_label:
@@ -327,6 +336,22 @@ def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path
             write_json(folder.path("examples.json"), examples(part.texts, truth, said, source.tree.classes))
     folder.save_npz("predictions", **saved)
     return results
+
+
+def floor_scores(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts) -> dict[str, np.ndarray]:
+    """`text_floors.tfidf`, computed once for all trials of a sweep."""
+    path = folder.shared / f"tfidf-{config_hash(dataclasses.asdict(cfg.data))}.npz"
+    found = load_npz(path)
+    if found is None:
+        found = text_floors.tfidf(source)
+        if not source.multi_label:
+            found = {split: scores.argmax(1) for split, scores in found.items()}  # one class a text: a number is enough
+        if jax.process_index() == 0:
+            save_npz(path, found)
+    if source.multi_label:
+        return found
+    return {split: text_metrics.one_hot(classes, source.tree.num_classes).astype(np.float32)
+            for split, classes in found.items()}
 
 
 def text_table(source: CodedTexts, scores: np.ndarray, threshold: float | None) -> dict[str, float]:
@@ -355,9 +380,9 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
     tree, multi_label = tree_from(classes), bool(classes["multi_label"])
     threshold = (read_json(folder / RESULTS) or {}).get("test.model.threshold") if multi_label else None
     reader = make_reader(cfg.encoder, None, cfg.seed, folder)
-    options = Text2TreeConfig(LossConfig("plain"), chunks=cfg.data.chunks > 1)
-    model = restored(Text2Tree(reader.encoder, outputs(cfg, tree), options, pooler=reader.pooler,
-                               rngs=nnx.Rngs(cfg.seed)), folder)
+    options = Text2TreeConfig(LossConfig("plain"), chunks=cfg.data.chunks > 1, head=head(cfg))
+    model = restored(Text2Tree(reader.encoder, outputs(cfg, tree), options, tree=tree if options.head == "hiagm" else
+                               None, pooler=reader.pooler, rngs=nnx.Rngs(cfg.seed)), folder)
     path_columns = [f"level_{level}{end}" for level in range(1, tree.num_levels + 1) for end in ("", "_description")]
 
     def about(node: int) -> tuple[str, str]:
@@ -366,7 +391,7 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
     def rows() -> Iterator[tuple[int, tuple[Any, ...]]]:
         for start in range(0, len(texts), PIECE):
             inputs = reader.inputs(texts[start:start + PIECE], cfg.data.length, cfg.data.chunks)
-            scores = scores_of(model, tree, multi_label, inputs)
+            scores = scores_of(model, tree, multi_label, cfg.method.name in OVER_NODES, inputs)
             given = scores >= threshold if multi_label else text_metrics.one_hot(scores.argmax(1), tree.num_classes)
             for i, (row, said) in enumerate(zip(scores, given, strict=True), start):
                 order = np.argsort(-row, kind="stable")

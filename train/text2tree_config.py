@@ -10,7 +10,7 @@ from train.settings import LoopConfig, MeshConfig, OptimizerConfig
 
 Method = Literal["text2tree", "ssl", "dml", "gdml", "plain", "reweight", "reweight_official", "class_balanced",
                  "oversampling", "focal", "db", "ldam_drw", "logit_adjustment", "mixup", "supcon", "selfcon",
-                 "recursive", "htc"]
+                 "recursive", "htc", "hiagm"]
 METHODS: tuple[str, ...] = get_args(Method)
 OURS = {"text2tree": "full", "ssl": "ssl", "dml": "dml", "gdml": "gdml"}  # names of `jaxmodels.text2tree.losses`
 
@@ -108,12 +108,13 @@ class MethodConfig:
     include_self: bool = False  # a text among its own positives, as in the released code
     diag_weight: float = 1.0  # of un-mixed pairs
     start: Literal["random", "label", "fixed"] = "random"  # of the node table
+    label_encoder: Literal["cascade", "gcn"] = "cascade"  # of text2tree; gcn: a graph convolution, an ablation
     labels_rate: float = 0.1  # rate of the label states, as a share of the head's
     beta: float = 0.999  # class_balanced
     focal_gamma: float = 2.0
     focal_alpha: float = 0.25
     mixup_alpha: float = 0.5
-    strength: float = 1e-6  # recursive
+    strength: float = 1e-6  # recursive, hiagm
 
     def __post_init__(self):
         if not 0 <= self.beta < 1:
