@@ -1,7 +1,7 @@
 """Trains a tagger of named entities on sentences of your own, or on a biomedical corpus: CNN-CNN-LSTM.
 
 Give a folder with train, dev and test files (CoNLL: word, tab, tag; JSON lines with character spans; brat), or one of
-the corpora that are named. Shen et al. 2018; see ../shared/specs/ner_active_learning.md.
+the corpora that are named. Shen et al. 2018, arXiv 1707.05928.
 
     jaxmodels run ner data.path=FOLDER
     jaxmodels run ner data.source=bc5cdr
