@@ -106,13 +106,14 @@ def _list_arguments(parser: Parser) -> None:
 def command_list(arguments: argparse.Namespace) -> int:
     """Every experiment: name, what it does, the data it needs and whether it is here, minutes on two cores."""
     from train.runtime.config import experiment_names, find
+    from train.runtime.table import print_table
 
     rows = [("experiment", "what it does", "needs", "minutes on two cores")]
     for experiment in map(find, experiment_names()):
         needs = ", ".join(f"{need} ({_whether_here(need)})" for need in experiment.needs) or "nothing"
         minutes = ", ".join(f"{preset} {value:g}" for preset, value in experiment.minutes.items()) or "not measured"
         rows.append((experiment.name, experiment.line, needs, minutes))
-    _print_table(rows)
+    print_table(rows)
     return 0
 
 
@@ -441,18 +442,10 @@ def command_generate(arguments: argparse.Namespace) -> int:
     prepare_jax()
     from jaxmodels.decoder.generate import generate_text
 
-    texts = generate_text(
-        arguments.model,
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        chat=arguments.chat,
-        dtype=arguments.dtype,
-        allow_download=arguments.allow_download,
-    )
+    texts = generate_text(arguments.model, prompts, max_new_tokens=arguments.max_new_tokens,
+                          temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+                          seed=arguments.seed, chat=arguments.chat, dtype=arguments.dtype,
+                          allow_download=arguments.allow_download)
     for text in texts:
         print(text, flush=True)
     return 0
@@ -509,8 +502,32 @@ def command_predict(arguments: argparse.Namespace) -> int:
     """What a finished run says about texts: for text2tree codes, their path in the tree, descriptions and scores."""
     prepare_jax()
     from train.predict import command
+    from train.runtime.table import print_table
 
-    command(arguments, _print_table)
+    command(arguments, print_table)
+    return 0
+
+
+def _annotate_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run of ner")
+    parser.add_argument("--pool", metavar="FILE", required=True, help="unlabelled text, or JSON lines with text")
+    parser.add_argument("--budget", type=int, metavar="N", help="words to choose at most")
+    parser.add_argument("--out", metavar="FILE", help="the batch to write")
+    parser.add_argument("--format", default="jsonl", help="of the batch: jsonl (default), doccano or label_studio")
+    parser.add_argument("--strategy", default="mnlp", help="mnlp (default), lc, bald, entropy, submod, random ...")
+    parser.add_argument("--passes", type=int, default=10, metavar="M", help="with dropout, for bald (default 10)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--labelled", action="append", metavar="FILE", help="an export of an earlier batch, which is "
+                        "not chosen again; may be repeated")
+    parser.add_argument("--train", metavar="FILE", help="write the labelled sentences as training data (CoNLL)")
+
+
+def command_annotate(arguments: argparse.Namespace) -> int:
+    """Pick the sentences that people should label next, pre-tagged, for doccano or Label Studio; take exports back."""
+    prepare_jax()
+    from analysis.active_learning.annotate import command
+
+    command(arguments)
     return 0
 
 
@@ -531,11 +548,12 @@ def command_compile(arguments: argparse.Namespace) -> int:
     """
     from train.runtime.aot import compile_in_child
     from train.runtime.config import resolve
+    from train.runtime.table import print_table
 
     resolve(arguments.name, arguments.overrides)  # typing errors are reported without starting a compiler
     found = compile_in_child(arguments.name, arguments.overrides, arguments.topology)
     gib = 2.0**-30
-    _print_table([
+    print_table([
         ("", "of one device"),
         ("state and batch", f"{found.argument_bytes * gib:.3f} GiB"),
         ("temporary", f"{found.temporary_bytes * gib:.3f} GiB"),
@@ -546,7 +564,7 @@ def command_compile(arguments: argparse.Namespace) -> int:
     ])
     rows = [(one.kind, str(one.count), f"{one.bytes / 2**20:.2f} MiB") for one in found.collectives]
     print()
-    _print_table([("collective", "a step", "bytes a step and device"), *(rows or [("none", "0", "0")])])
+    print_table([("collective", "a step", "bytes a step and device"), *(rows or [("none", "0", "0")])])
     for warning in found.warnings:
         print(f"jaxmodels: warning: {warning}", file=sys.stderr)
     if not found.fits:
@@ -588,6 +606,7 @@ COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace
     "generate": (_generate_arguments, command_generate),
     "embed": (_embed_arguments, command_embed),
     "predict": (_predict_arguments, command_predict),
+    "annotate": (_annotate_arguments, command_annotate),
     "compile": (_compile_arguments, command_compile),
     "bench": (_bench_arguments, command_bench),
     "report": (_report_arguments, command_report),
@@ -605,30 +624,13 @@ def _overview() -> str:
 
 def _print_keys(name: str, overrides: list[str]) -> None:
     from train.runtime.config import find, keys, resolve
+    from train.runtime.table import print_table
 
     experiment = find(name)
     print(f"\n{experiment.doc}\n\npresets: {', '.join(['default', *experiment.presets])}\n")
     rows = [("key", "type", "value", "")]
     rows += [(key.name, key.type, str(key.default), key.help) for key in keys(resolve(name, overrides))]
-    _print_table(rows)
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    """A rich table on a terminal; piped, columns padded to their widest cell and never cut."""
-    if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*rows[0], box=box.SIMPLE)
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))  # Text: brackets in a type are not markup
-    Console().print(table)
+    print_table(rows)
 
 
 def _whether_here(need: str) -> str:

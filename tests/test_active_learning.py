@@ -247,6 +247,21 @@ def test_parts_of_a_taggers_report():
     assert dict(zip(pieces, values, strict=True))["Anna"] == 0.9
 
 
+def test_the_report_of_one_tagger(tmp_path):
+    rows = [{"words": ["Anna", "sees", "Oslo"], "truth": [[0, 1, "PER"], [2, 3, "LOC"]],
+             "said": [[0, 1, "LOC", 0.7], [2, 3, "LOC", 0.9]], "confidence": 0.5}] * 3
+    files = {"config.json": [{"name": "ner", "config": {"data": {"source": "bc5cdr", "limit": None}}}],
+             "results.json": [{"status": "complete", "test.f1": 0.5, "test.f1_low": 0.4, "test.f1_high": 0.6,
+                               "peer.spacy.f1": 0.7}],
+             "metrics.jsonl": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "predictions.jsonl": rows}
+    for name, lines in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = ner_report.build(tmp_path).read_text()
+    for told in ("0.400 to 0.600", "feature CRF", "spacy", "type wrong, both ends right", "calibration error", "[LOC]",
+                 "(true: PER)", "loss over steps"):
+        assert told in page
+
+
 @pytest.mark.parametrize("overrides, told", [
     (["strategies=mnpl"], "mnlp"),
     (["protocol.words=lots"], "neither a share"),

@@ -6,9 +6,9 @@
 * ``label_studio``: a JSON list of tasks with predictions, for a project with ``<Labels name="label" toName="text">``
   and ``<Text name="text" value="$text"/>``.
 
-Places count characters (code points) from 0, the end not included, as both tools do today. Label Studio before 1.8
-wrote places in UTF-16 (its issue 1347): an exported region carries its text, so both are tried. An export is read
-whatever its format, which its first character tells.
+Places count characters (code points) from 0, the end not included, as both tools do today. Older versions of Label
+Studio wrote places in UTF-16 (its issues 1008, 1347): an exported region carries its text, so both are tried. An export
+is read whatever its format, which its first character tells.
 """
 
 import hashlib
