@@ -24,8 +24,10 @@ from jaxmodels.cnn_cnn_lstm.schemes import entities
 from jaxmodels.cnn_cnn_lstm.tagger import Tagged, Tagger, confidence
 from jaxmodels.cnn_cnn_lstm.vocabulary import SPECIAL, Vocabulary
 from jaxmodels.errors import UserError
-from train import entity_metrics, experiment, tag_confidence
+from train import entity_metrics, experiment, skipgram, tag_confidence
 from train.data import records
+from train.data.coded_texts import SOURCES as CODED_TEXTS
+from train.data.coded_texts import coded_texts
 from train.data.conll import Sentence
 from train.data.tagged import TaggedTexts, tagged_texts
 from train.data.tagged_rows import tagged_rows
@@ -35,7 +37,8 @@ from train.objectives.tagging import Tagging
 from train.optimizers import make_optimizer, make_schedule
 from train.predict import Predictions
 from train.runtime import loop
-from train.runtime.files import write_atomic
+from train.runtime.config import config_hash
+from train.runtime.files import load_npz, save_npz, write_atomic
 from train.runtime.mesh import check_batch, make_mesh
 from train.runtime.run_folder import RunFolder
 from train.runtime.state import Blueprint, State, blueprint
@@ -86,13 +89,42 @@ def starting_vectors(cfg: NerRun, sentences: Sequence[Sequence[str]], folder: Ru
     if cfg.vectors.name == "random":
         return {}
     known = {word.lower() for words in sentences for word in words}
-    found = read_vectors(cfg.vectors.path, known, cfg.vectors.limit)
-    width = len(next(iter(found.values())))
-    if width != cfg.model.d_word:
-        raise UserError(f"model.d_word={cfg.model.d_word}, the vectors of {cfg.vectors.path} have {width}; set "
-                        f"model.d_word={width}")
+    if cfg.vectors.name == "skipgram":
+        found = own_vectors(cfg, sentences, folder)
+    else:
+        found = read_vectors(cfg.vectors.path, known, cfg.vectors.limit)
+        width = len(next(iter(found.values())))
+        if width != cfg.model.d_word:
+            raise UserError(f"model.d_word={cfg.model.d_word}, the vectors of {cfg.vectors.path} have {width}; set "
+                            f"model.d_word={width}")
     folder.write_results({"data.words_with_vectors": len(known & set(found)), "data.words": len(known)})
     return found
+
+
+def own_vectors(cfg: NerRun, sentences: Sequence[Sequence[str]], folder: RunFolder) -> dict[str, np.ndarray]:
+    """Skip-gram vectors of the training sentences and of vectors.texts; kept beside the run (or its sweep)."""
+    about = {"data": [getattr(cfg.data, key) for key in ("name", "illformed", "limit")], "width": cfg.model.d_word,
+             "vectors": dataclasses.asdict(cfg.vectors), "seed": cfg.seed}
+    path = folder.shared / f"vectors-{config_hash(about)}.npz"
+    kept = load_npz(path)
+    if kept is None:
+        texts = [*sentences, *(words for name in cfg.vectors.texts for words in unlabelled(name, sentences))]
+        total = skipgram.steps_of(skipgram.frequent(texts), cfg.vectors.epochs)
+        with folder.progress(total, "word vectors") as advance:
+            found = skipgram.skipgram(texts, cfg.model.d_word, window=cfg.vectors.window, epochs=cfg.vectors.epochs,
+                                      seed=cfg.seed, advance=advance, check=folder.check_stop)
+        kept = {"words": np.array(list(found)), "vectors": np.stack(list(found.values()))}
+        save_npz(path, kept)
+    return dict(zip(kept["words"].tolist(), kept["vectors"], strict=True))
+
+
+def unlabelled(name: str, sentences: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """The words of a source's training part: of tagged sentences, or of running text, cut as `sentences` are."""
+    if name.partition(":")[0] not in CODED_TEXTS:
+        return [one.words for one in tagged_texts(name).parts["train"]]
+    pattern = tokens.pattern_of(tokens.joins_of(sentences))
+    return [[word.text for word in words] for text in coded_texts(name).parts["train"].texts
+            for words in tokens.sentences_of(text, pattern)]
 
 
 def put_vectors(model: CnnCnnLstm, vocabulary: Vocabulary, vectors: Mapping[str, np.ndarray]) -> None:

@@ -42,8 +42,8 @@ class VectorsConfig:
     name: Literal["random", "file", "skipgram"] = "random"  # skipgram: trained here, on the pool's own text
     path: str | None = None  # file: word2vec's text format or GloVe's, plain or gzip
     limit: int = 20_000  # words of a file that no training sentence has and that are kept all the same, the first
-    texts: tuple[str, ...] = ()  # skipgram: more text, sources as in data.source (their training parts)
-    epochs: int = 5  # skipgram
+    texts: tuple[str, ...] = ()  # skipgram: more text, the training parts of bc5cdr, craft, mesh_pubmed ...
+    epochs: int = 10  # skipgram
     window: int = 5  # skipgram: words to each side
 
     def __post_init__(self):
