@@ -46,7 +46,7 @@ class ProtocolConfig:
     mode: Literal["warm", "scratch", "shrink_perturb"] = "warm"  # what a round's training begins with
     first_epochs: float = 40.0  # passes over the first set: too few, and the scores of round 1 are noise
     epochs: float = 20.0  # passes over the grown set in each round; the steps are those of the budget, for all alike
-    least_steps: int = 200  # of a round
+    least_steps: int = 300  # of a round
     passes: int = 10  # with dropout, for bald, bald_decoder, bald_mi and sequence
     shrink: float = 0.6  # shrink_perturb: weights are multiplied by this (Ash & Adams 2020, arXiv 1910.08475)
     perturb: float = 0.01  # and noise of this standard deviation is added

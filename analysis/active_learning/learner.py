@@ -172,12 +172,8 @@ class ActiveLearner:
             return Training(state, number, 0, 0.0)
         fresh = self._fresh() | {name: state[name] for name in ("step", "skipped")}
         if mode == "shrink_perturb":
-            leaves, tree = jax.tree.flatten(state["params"])
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number), len(leaves))
-            p = self.cfg.protocol
-            fresh["params"] = jax.tree.unflatten(tree, [
-                p.shrink * leaf + p.perturb * jax.random.normal(key, leaf.shape, leaf.dtype)
-                for leaf, key in zip(leaves, keys, strict=True)])
+            key = jax.random.fold_in(jax.random.key(self.seed), number)
+            fresh["params"] = _perturbed(state["params"], key, self.cfg.protocol.shrink, self.cfg.protocol.perturb)
         return Training(fresh, number, 0, 0.0)
 
     def _trained(self, number: int, training: Training, chosen: np.ndarray) -> Training:
@@ -282,6 +278,14 @@ def _compiled(graphdef: Any, optimizer: OptimizerConfig) -> tuple[Any, Any, Call
     """(graphdef, optimizer, step) of all learners of one shape: seeds and strategies share one compilation."""
     made = make_optimizer(optimizer, 1)
     return graphdef, made, jax.jit(TrainStep(graphdef, Tagging(), made), donate_argnums=0)
+
+
+@jax.jit
+def _perturbed(params: Any, key: jax.Array, shrink: float, perturb: float) -> Any:
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [shrink * leaf + perturb * jax.random.normal(one, leaf.shape, leaf.dtype)
+                                     for leaf, one in zip(leaves, keys, strict=True)])
 
 
 def _order(rows: int, count: int, seed: int) -> np.ndarray:

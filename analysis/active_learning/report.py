@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import ner_report
 from analysis.active_learning import curves
@@ -99,7 +100,8 @@ def curve_figure(records: Records, reference: float | None) -> Figure:
         axes.fill_between(100 * share, f1.min(0), f1.max(0), color=colour, alpha=0.15, linewidth=0)
     for target in curves.TARGETS if reference else ():
         axes.axhline(target * reference, color=style.INK, linewidth=0.8, alpha=0.5)
-        axes.text(axes.get_xlim()[0], target * reference, f" {target:.0%}", va="bottom", fontsize=8)
+        axes.text(axes.get_xlim()[0], target * reference, f" {target:.0%}", fontsize=8,
+                  va="bottom" if target == max(curves.TARGETS) else "top")
     axes.set(xlabel="labelled words, % of the pool's", ylabel="F1")
     axes.legend(loc="lower right", ncols=2)
     return figure
@@ -118,6 +120,7 @@ def _picks(report: Report, records: Records) -> None:
                        color=style.PALETTE[i % len(style.PALETTE)],
                        linestyle=DASHES[i // len(style.PALETTE) % len(DASHES)], label=name)
         panel.set(title=title, xlabel="round")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.flat[0].legend()
     report.figure(figure, "Means over seeds.", rows, "picks", "Length, entity density and empty sentences by round")
     report.table(rows, caption="Means over seeds; seconds of choosing and of training.", name="rounds")
