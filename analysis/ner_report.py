@@ -24,9 +24,9 @@ NOTHING = "nothing"
 EXAMPLES, LONGEST = 12, 60  # sentences that are shown, and words of one
 ERRORS = {"type": "type wrong, both ends right", "boundary": "type right, an end wrong", "both": "both wrong, overlaps",
           "missed": "missed", "spurious": "there is none"}
-# Feature CRFs without vectors, measured once on the shared data (ner_active_learning.md section 9).
-KNOWN = {"bc5cdr": ("feature CRF, no vectors", 0.790), "ncbi_disease": ("feature CRF, no vectors", 0.783),
-         "wnut17": ("feature CRF, no vectors", 0.163)}
+PEERS = {"crf": "feature CRF, no vectors", "spacy": "spaCy's CNN, from scratch"}  # see train/ner_peers.py
+# F1 of the feature CRF, measured once on the shared data (ner_active_learning.md section 9).
+KNOWN = {"bc5cdr": 0.790, "ncbi_disease": 0.783, "wnut17": 0.163}
 CARDS = (("test.f1", "F1", "entities of the test part: type and both ends right"), ("test.precision", "precision", ""),
          ("test.recall", "recall", ""), ("test.macro_f1", "macro F1", "mean over types"), ("dev_f1", "F1 on dev", ""),
          ("test.surface_f1", "surface F1", "distinct forms"),
@@ -65,16 +65,21 @@ def _interval(results: Mapping[str, Any]) -> str:
 
 
 def _beside(report: Report, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Other systems on the same files: results ``peer.NAME.f1``, and what was measured once."""
-    rows = [{"system": "this run", "F1": results.get("test.f1"), "measured": "here"}]
-    rows += [{"system": key.removeprefix("peer.").removesuffix(".f1"), "F1": value, "measured": "here"}
-             for key, value in results.items() if key.startswith("peer.") and key.endswith(".f1")]
-    source = ((config.get("config") or {}).get("data") or {}).get("source")
-    if source in KNOWN and (config["config"]["data"].get("limit") is None):
-        name, value = KNOWN[source]
-        rows.append({"system": name, "F1": value, "measured": "earlier, once"})
+    """Other systems on the same files: those that the run has trained, and what was measured once."""
+    rows = [{"system": name, "measured": "here", **{key: results.get(f"{prefix}.{key}") for key in (
+                 "f1", "precision", "recall", "train_seconds", "words_per_second")}}
+            for name, prefix in (("this run", "test"), *((PEERS[name], f"test.{name}") for name in PEERS))
+            if f"{prefix}.f1" in results]
+    beams = [key for key in results if key.startswith("test.beam_") and key.endswith(".f1")]
+    rows += [{"system": f"this run, beam of {key.split('.')[1].removeprefix('beam_')}", "measured": "here",
+              "f1": results[key]} for key in beams]
+    data = (config.get("config") or {}).get("data") or {}
+    if data.get("source") in KNOWN and data.get("limit") is None and "test.crf.f1" not in results:
+        rows.append({"system": PEERS["crf"], "measured": "earlier, once", "f1": KNOWN[data["source"]]})
     if len(rows) > 1:
-        report.table(rows, caption="F1 beside other systems on the same test part.", name="systems")
+        report.table(rows, {"system": "system", "f1": "F1", "precision": "precision", "recall": "recall",
+                            "train_seconds": "seconds of training", "words_per_second": "words a second",
+                            "measured": "measured"}, "Systems on the same test part, by one scorer.", "systems")
 
 
 # Parts

@@ -252,13 +252,13 @@ def test_the_report_of_one_tagger(tmp_path):
              "said": [[0, 1, "LOC", 0.7], [2, 3, "LOC", 0.9]], "confidence": 0.5}] * 3
     files = {"config.json": [{"name": "ner", "config": {"data": {"source": "bc5cdr", "limit": None}}}],
              "results.json": [{"status": "complete", "test.f1": 0.5, "test.f1_low": 0.4, "test.f1_high": 0.6,
-                               "peer.spacy.f1": 0.7}],
+                               "test.spacy.f1": 0.7, "test.beam_4.f1": 0.51}],
              "metrics.jsonl": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "predictions.jsonl": rows}
     for name, lines in files.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = ner_report.build(tmp_path).read_text()
-    for told in ("0.400 to 0.600", "feature CRF", "spacy", "type wrong, both ends right", "calibration error", "[LOC]",
-                 "(true: PER)", "loss over steps"):
+    for told in ("0.400 to 0.600", "feature CRF", "spaCy&#39;s CNN", "beam of 4", "type wrong, both ends right",
+                 "calibration error", "[LOC]", "(true: PER)", "loss over steps"):
         assert told in page
 
 
