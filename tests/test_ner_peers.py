@@ -10,6 +10,7 @@ from tests import tiny_ner
 from train import ner_peers
 from train.data.conll import Sentence
 from train.data.tagged import TaggedTexts
+from train.runtime.config import resolve
 from train.runtime.run_folder import RunFolder
 
 SHORT = {"max_steps": 40, "eval_frequency": 20}
@@ -90,6 +91,24 @@ def test_what_is_wrong_counts_as_wrong(source, tmp_path, monkeypatch):
     right = sum(tags[0] == "B-Drug" for tags in truth)
     assert found["test.crf.precision"] == right / len(truth)
     assert found["test.crf.recall"] == right / sum(tag[0] == "B" for tags in truth for tag in tags)
+
+
+@pytest.mark.long
+def test_the_experiment_trains_them_too(tmp_path, monkeypatch):
+    """Their numbers stand beside the tagger's."""
+    monkeypatch.setattr(ner_peers, "PACKAGES", {"crf": ("json", "json")})
+    monkeypatch.setitem(ner_peers.TRAIN, "crf", lambda *_: lambda sentences: [["O"] * len(one) for one in sentences])
+    results = tiny_ner.run(tmp_path / "out", tiny_ner.write(tmp_path), "epochs=1", "least_steps=25", "peers=crf")
+    assert results["test.crf.f1"] == 0 < results["test.crf.token_accuracy"] < 1 and "test.f1" in results
+
+
+def test_an_absent_package_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(ner_peers, "PACKAGES", {"crf": ("no_such_module", "no-such-package")})
+    monkeypatch.setattr("train.ner.train", None)
+    with pytest.raises(UserError, match="peers=crf: no-such-package is not installed"):
+        tiny_ner.run(tmp_path / "out", tiny_ner.write(tmp_path), "peers=crf")
+    with pytest.raises(UserError, match="peers"):
+        resolve("ner", ["peers=crf,flair"])
 
 
 def test_absent_packages_are_told(monkeypatch):

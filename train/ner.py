@@ -24,7 +24,7 @@ from jaxmodels.cnn_cnn_lstm.schemes import entities
 from jaxmodels.cnn_cnn_lstm.tagger import Tagged, Tagger, confidence
 from jaxmodels.cnn_cnn_lstm.vocabulary import SPECIAL, Vocabulary
 from jaxmodels.errors import UserError
-from train import entity_metrics, experiment, skipgram, tag_confidence
+from train import entity_metrics, experiment, ner_peers, skipgram, tag_confidence
 from train.data import records
 from train.data.coded_texts import SOURCES as CODED_TEXTS
 from train.data.coded_texts import coded_texts
@@ -52,6 +52,7 @@ def run(cfg: NerRun, folder: RunFolder) -> None:
     """Trains or finishes one tagger in a run folder."""
     if folder.results().get("finished"):
         return
+    ner_peers.check_peers(cfg.peers)
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = tagged_texts(cfg.data.name, illformed=cfg.data.illformed, limit=cfg.data.limit)
@@ -59,7 +60,8 @@ def run(cfg: NerRun, folder: RunFolder) -> None:
     start = starting_tagger(cfg, source, folder)
     best = train(cfg, folder, source, start, mesh)
     if jax.process_index() == 0:
-        folder.write_results(finish(cfg, folder, source, best) | {"finished": True})
+        results = finish(cfg, folder, source, best)
+        folder.write_results(results | ner_peers.peer_scores(cfg.peers, source, cfg.seed, folder) | {"finished": True})
 
 
 # Model

@@ -98,11 +98,12 @@ class NerRun:
     patience: int = 8  # evaluations without a better F1 on the development part that end the training
     beam: int = 1  # above 1: the test part is decoded with such a beam too, beside greedily
     bootstrap: int = 1000  # draws behind every interval
+    peers: tuple[Literal["crf", "spacy"], ...] = ()  # also trained on the same sentences; need the extra `peers`
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig(steps=1, evaluate_every=1, save_every=200)  # steps: made of the epochs
     seed: int = 0
     entry: str = "train.ner:run"
-    report: str = "analysis.training_report:build"
+    report: str = "analysis.ner_report:build"
     predict: str = "train.ner:predict"
 
     def __post_init__(self):

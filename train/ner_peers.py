@@ -158,12 +158,17 @@ def blank_pipeline(sentences: Sequence[Sentence]) -> tuple[Any, list[Any]]:
     return nlp, examples
 
 
-def spacy_tags(nlp: Any, sentences: Sequence[Words]) -> list[list[str]]:
-    """Tags IOB2 of sentences of words."""
+def spacy_documents(nlp: Any, sentences: Iterable[Words]) -> list[Any]:
+    """Sentences of words as spaCy's documents, with entities."""
     from spacy.tokens import Doc
 
-    docs = nlp.pipe(Doc(nlp.vocab, list(words)) for words in sentences)
-    return [[f"{word.ent_iob_}-{word.ent_type_}" if word.ent_type_ else "O" for word in doc] for doc in docs]
+    return list(nlp.pipe(Doc(nlp.vocab, list(words)) for words in sentences))
+
+
+def spacy_tags(nlp: Any, sentences: Iterable[Words]) -> list[list[str]]:
+    """Tags IOB2 of sentences of words."""
+    return [[f"{word.ent_iob_}-{word.ent_type_}" if word.ent_type_ else "O" for word in doc]
+            for doc in spacy_documents(nlp, sentences)]
 
 
 def import_spacy() -> ModuleType:
