@@ -391,7 +391,7 @@ def sign(values, direction):
     return [value if direction == "keep" else -value for value in values]
 
 
-def table(area=(0.1, 0.05, 0.2), keys=2.0, weak=False, each=None, least=None):
+def table(area=(0.1, 0.05, 0.2), keys=2.0, weak=False, each=None, least=None, none=0.06):
     """Tables with a difference of areas, an enrichment of k and a classifier that works or not."""
     cfg = resolve("esm_knowledge_neurons")
     rows = [{"ablation": ablation, "direction": direction, "method": method, "control": control,
@@ -402,7 +402,8 @@ def table(area=(0.1, 0.05, 0.2), keys=2.0, weak=False, each=None, least=None):
     places = [{"kind": "site", "site": "k", "ranking": ranking, "share": share, "enrichment": keys,
                "least": least or keys, "high": 1.3}
               for ranking in claims.JUDGES for share in cfg.where.shares]
-    return cfg, {"full": {"macro_f1": 0.5, "macro_f1_low": 0.05 if weak else 0.4, "commonest_macro_f1": 0.08},
+    return cfg, {"full": {"macro_f1": 0.5, "macro_f1_low": 0.05 if weak else 0.4, "commonest_macro_f1": 0.08,
+                          "none_zero_macro_f1": 0.02, "none_mean_macro_f1": none},
                  "differences": rows, "where": places, "reliability": [
                      {"ranking": "ig_gate", "spearman": 0.4, "each": [0.3, 0.45]}],
                  "specificity": {name: {"gap": 0.1, "low": -0.1, "high": 0.3, "each": [0.1]}
@@ -435,6 +436,7 @@ def test_the_rankings_that_can_tell_judge_keys_in_every_fine_tuning():
 def test_a_weak_classifier_decides_nothing_about_behaviour():
     found = verdicts(weak=True)
     assert {v for name, v in found.items() if name != "reliable"} == {claims.OPEN} and found["reliable"] == claims.NO
+    assert verdicts(none=0.45) == found  # nor where the model is no better than without its neurons
 
 
 def test_the_weakness_of_a_class_less_recall():

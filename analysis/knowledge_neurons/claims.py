@@ -49,10 +49,15 @@ def statements(cfg: StudyConfig, found: Mapping[str, Any]) -> Rows:
 
 
 def weakness(full: Mapping[str, float]) -> str:
-    """Why no behaviour of this classifier can be read; empty if it can."""
-    low, floor = full["macro_f1_low"], full["commonest_macro_f1"]
-    return "" if low > floor else (f"the classifier is not better than naming the commonest class: macro-F1 "
-                                   f"{full['macro_f1']:.3f}, lower end {low:.3f}, against {floor:.3f}")
+    """Why no behaviour of this classifier can be read; empty if it can. `none_*`: with no neuron, the classifier's head
+    reads what is left; a whole model that is no better has nothing for a curve to keep or to lose."""
+    floors = {"naming the commonest class": full["commonest_macro_f1"],
+              "the same model without its neurons": max(value for name, value in full.items()
+                                                        if name.startswith("none_"))}
+    worst, floor = max(floors.items(), key=lambda one: one[1])
+    low = full["macro_f1_low"]
+    return "" if low > floor else (f"the classifier is not better than {worst}: macro-F1 {full['macro_f1']:.3f}, lower "
+                                   f"end {low:.3f}, against {floor:.3f}")
 
 
 def judged_areas(cfg: StudyConfig, found: Mapping[str, Any], direction: str, method: str, control: str

@@ -20,7 +20,7 @@ def _check_shares(name: str, shares: tuple[float, ...]) -> None:
 class ScoreConfig:
     """How neurons are scored, on training proteins alone."""
 
-    length: int = 192  # tokens of a protein at most; of longer ones the beginning, here and for the curves
+    length: int = 512  # tokens of a protein at most; of longer ones the beginning, here and for the curves
     tokens: int = 2048  # of a batch, about: all of it is computed again where one protein of it needs more steps
     counted: Literal["all", "residues"] = "all"  # tokens that a sum of contributions is over; residues: no <cls>, <eos>
     modes: tuple[Literal["gate", "site"], ...] = ("gate", "site")  # paths of integrated gradients

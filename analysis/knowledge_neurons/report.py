@@ -77,10 +77,12 @@ def _claims(report: Report, tables: dict[str, Any]) -> None:
     full = tables["full"]
     report.section("What can be said", "Supported and not supported: every interval that the claim needs lies on one "
                    "side, and every fine-tuning agrees. Everything else is not decidable, and so is all behaviour of a "
-                   "classifier that is not better than naming the commonest class.")
+                   "classifier that is not better than naming the commonest class, or than itself without neurons.")
     report.number_cards([("macro-F1 of the whole model", full["macro_f1"],
                           f"{full['macro_f1_low']:.3f} to {full['macro_f1_high']:.3f}"),
-                         ("of the commonest class", full["commonest_macro_f1"])])
+                         ("of the commonest class", full["commonest_macro_f1"]),
+                         *((f"of none of the neurons, {name} ablation", full[f"none_{name}_macro_f1"])
+                           for name in ("zero", "mean") if f"none_{name}_macro_f1" in full)])
     # The reasons are prose: in a third column they would be cut off on a phone.
     report.table(tables["claims"], {"claim": "claim", "verdict": "verdict"}, "Each claim.", "claims")
     report.text("\n".join(f"- **{row['verdict']}**: {row['claim']} *Why:* {row['why']}." for row in tables["claims"]))
