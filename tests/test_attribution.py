@@ -56,17 +56,16 @@ def flat(a):
     return np.asarray(a).reshape(*a.shape[:3], -1)
 
 
-@pytest.mark.parametrize("points", [SOME, pytest.param(POINTS, marks=pytest.mark.long)], ids=["some", "all"])
-def test_the_reference_arrays_of_single_sites(golden, points):
+@pytest.mark.long
+def test_the_reference_arrays_of_single_sites(golden):
     model, tokens, arrays = golden
-    sites = {site: point for site, point in SITES.items() if point in points}
     # Probability or logit: data, so that both are one program a site.
     target = lambda share: Partial(_mixed, jnp.float32(share), class_probability(arrays["target"].reshape(1)),  # noqa: E731
                                    class_logit(arrays["target"].reshape(1)))
     for name, share in (("prob", 1), ("logit", 0)):
-        found = integrated_gradients(model, tokens, point=points, target=target(share), steps=64, options=CLASS,
+        found = integrated_gradients(model, tokens, point=POINTS, target=target(share), steps=64, options=CLASS,
                                      max_steps=64)
-        for site, point in sites.items():
+        for site, point in SITES.items():
             values = flat(found.values[point])[:, 0]
             for layer in range(3):
                 wanted = arrays[f"{name}/{layer}.{site}"]
@@ -74,14 +73,14 @@ def test_the_reference_arrays_of_single_sites(golden, points):
                 assert np.linalg.norm(values[layer] - wanted) <= 1e-4 * np.linalg.norm(wanted) + 1e-6, (site, layer)
                 assert abs(float(found.end[0] - found.start[point][layer, 0]) - change) < 1e-5
                 assert float(found.error[point][layer, 0]) <= 1e-5, "completeness at 64 nodes"
-        if "q" in sites:  # no query or no key: uniform attention
-            totals = [flat(found.values[sites[site]]).sum((1, 2, 3)) for site in ("q", "k")]
-            np.testing.assert_allclose(*totals, atol=1e-5)
+        # no query or no key: uniform attention
+        totals = [flat(found.values[SITES[site]]).sum((1, 2, 3)) for site in ("q", "k")]
+        np.testing.assert_allclose(*totals, atol=1e-5)
         if name == "prob":
             masked = jnp.where((tokens == 0) | (tokens == 2), tokens, 32)
-            found = integrated_gradients(model, tokens, point=points, target=target(1), steps=64, options=CLASS,
-                                         baseline=record(model, masked, points, CLASS), max_steps=64)
-            for site, point in sites.items():
+            found = integrated_gradients(model, tokens, point=POINTS, target=target(1), steps=64, options=CLASS,
+                                         baseline=record(model, masked, POINTS, CLASS), max_steps=64)
+            for site, point in SITES.items():
                 for layer in range(3):
                     wanted = arrays[f"captum_mask_baseline/{layer}.{site}"]
                     np.testing.assert_allclose(flat(found.values[point])[layer, 0], wanted, atol=1e-5)

@@ -33,7 +33,8 @@ def commands():
             for line in text.replace("\\\n", " ").splitlines() if line.strip().startswith("jaxmodels ")]
 
 
-@pytest.mark.parametrize("name", [name for name, path in zip(NAMES, DOCUMENTS, strict=True) if blocks(path, "python")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name == "README.md" else [])
+                                  for name, path in zip(NAMES, DOCUMENTS, strict=True) if blocks(path, "python")])
 def test_python_blocks(name, tmp_path, monkeypatch):
     """They run in order in one namespace; a text block after one is what it prints, decimals to 0.02."""
     found = blocks(ROOT / name, "python", "text")

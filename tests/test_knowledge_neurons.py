@@ -531,6 +531,7 @@ def finished(source, tuned, tmp_path_factory):
     return study_of(source, out, tuned, *GATE), out
 
 
+@pytest.mark.long
 def test_the_study_answers_every_claim(finished):
     results, out = finished
     assert results["status"] == "complete" and results["neurons"] == 9 * 32 * 2 and results["seed1.scored_classes"] == 7

@@ -77,6 +77,7 @@ def swept(tmp_path_factory):
     return root / "out", len(calls)
 
 
+@pytest.mark.long
 def test_two_trials_share_one_pre_training(swept):
     out, calls = swept
     first, second = (json.loads((out / f"method.name=plain/seed-{seed}/results.json").read_text()) for seed in (0, 1))
@@ -89,6 +90,7 @@ def test_two_trials_share_one_pre_training(swept):
     assert 0 <= first["test.model.tuned_macro_f1"] <= 1
 
 
+@pytest.mark.long
 def test_a_run_predicts_with_its_own_files_alone(swept, tmp_path):
     run = shutil.copytree(swept[0] / "method.name=plain" / "seed-1", tmp_path / "run")
     texts = coded_texts(f"path:{swept[0].parent / 'notes.csv'}", columns=Columns(split="split")).parts["test"].texts
@@ -99,6 +101,7 @@ def test_a_run_predicts_with_its_own_files_alone(swept, tmp_path):
     np.testing.assert_allclose(scores, saved["model_scores"].astype(np.float32), atol=5e-4)
 
 
+@pytest.mark.long
 def test_interrupted_pre_training_goes_on_to_the_same_weights(swept, tmp_path):
     path = swept[0].parent / "notes.csv"
     with pytest.raises(Interrupted):
@@ -110,6 +113,7 @@ def test_interrupted_pre_training_goes_on_to_the_same_weights(swept, tmp_path):
     assert results["pretraining.perplexity"] < results["pretraining.perplexity_before"]
 
 
+@pytest.mark.long
 def test_the_folder_is_a_model_like_any_other(swept):
     folder = next(swept[0].glob("stages/pretrain/*")) / "model"
     model = jaxmodels.load(folder)
