@@ -82,6 +82,7 @@ def test_pytorch_computes_what_ours_does():
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_whole_command(tmp_path, monkeypatch, capsys):
     """Without peers their rows tell why they are empty, and the bars against them stay open."""
     monkeypatch.setattr(ner, "PEERS", {"spaCy": "no_such_peer", "PyTorch": "no_such_peer"})

@@ -51,6 +51,7 @@ def whole_command(tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_without_torch(tmp_path, monkeypatch, capsys):
     """Both methods with and without frozen layers; inference is one program; PyTorch's row tells why it is empty."""
     monkeypatch.setattr(text2tree, "PEERS", ("no_such_peer",))

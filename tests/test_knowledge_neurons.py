@@ -584,6 +584,7 @@ def test_a_study_goes_on_where_it_stopped(finished, source, tuned, tmp_path, mon
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_the_tiny_preset_with_all_stages_and_paths(source, tmp_path):
     results = study_of(source, tmp_path / "out", "pretrain.data.batch=4", "pretrain.data.validation_rows=4")
     assert results["status"] == "complete" and (tmp_path / "out" / "pretrain" / "report.html").exists()
