@@ -59,7 +59,10 @@ def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [("model.head=crf",), ("model.d_tag=0", "beam=3"), ("model.char_layers=2",)])
+@pytest.mark.parametrize("options", [
+    ("model.head=crf",), ("model.d_tag=0", "beam=3"), ("model.char_layers=2",), ("loop.style=per_device",),
+    ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), ("model.head=crf", "loop.style=per_device"),
+])
 def test_other_models_learn_too(options, tmp_path):
     results = run(tmp_path / "out", write(tmp_path), "epochs=1", "least_steps=100", *options)
     assert results["test.f1"] > 0.9 and ("test.beam_3.f1" in results) == ("beam=3" in options)
@@ -172,6 +175,8 @@ def test_passes_with_dropout(tagger):
     assert a[0].information.min() >= 0 and a[2].information.max() > a[0].information[0]
     inside = dropout_passes(tagger, words, 4, where="decoder")
     assert inside[2].information.max() > 0 and not np.array_equal(inside[2].information, a[2].information)
+    votes = dropout_passes(tagger, words, 4, information=False)
+    assert votes[0].information is None and all(np.array_equal(x.tags, y.tags) for x, y in zip(a, votes, strict=True))
     with pytest.raises(UserError, match="passes=0"):
         dropout_passes(tagger, words, 0)
 

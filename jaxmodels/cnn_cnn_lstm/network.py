@@ -10,6 +10,7 @@ row with `cfg.reach` empty positions between them. Padding reads zeros in every 
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ class CharCnn(nnx.Module):
         self.cfg = cfg
         self.embed = _embedding(rngs, cfg.chars, cfg.d_char)
         widths = [cfg.d_char, *[cfg.char_filters] * cfg.char_layers]
-        self.convs = nnx.List([Conv(cfg.char_width, a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.convs = nnx.List([Conv(cfg.char_width, a, b, None, rngs=rngs)
+                               for a, b in zip(widths, widths[1:], strict=False)])
         self.shortcuts = nnx.List([param(rngs, (a, b), (None, None), std=a ** -0.5)
                                    if cfg.residual == "project" and a != b else None
                                    for a, b in zip(widths, widths[1:], strict=False)])
@@ -91,7 +93,8 @@ class WordCnn(nnx.Module):
         self.cfg = cfg
         self.embed = _embedding(rngs, cfg.words, cfg.d_word)
         widths = [cfg.d_full, *[cfg.word_filters] * cfg.word_layers]
-        self.convs = nnx.List([Conv(cfg.word_width, a, b, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)])
+        self.convs = nnx.List([Conv(cfg.word_width, a, b, "mlp", rngs=rngs)
+                               for a, b in zip(widths, widths[1:], strict=False)])
 
     def __call__(self, words: Int[Any, "B T"], w_char: Float[Any, "B T W"], taps: Taps = NO_TAPS,
                  key: jax.Array | None = None) -> tuple[Float[Array, "B T E"], dict[str, Any]]:
@@ -120,8 +123,8 @@ class TagLstm(nnx.Module):
         d_tag = cfg.d_tag or cfg.tags + 1
         self.embed = _embedding(rngs, cfg.tags + 1, d_tag, pad=False) if cfg.d_tag else None
         self.lstm = Lstm(cfg.d_enc + d_tag, cfg.d_hidden, rngs=rngs)
-        self.out = param(rngs, (cfg.d_hidden, cfg.tags), (None, "vocab"), std=cfg.d_hidden ** -0.5)
-        self.out_bias = param(rngs, (cfg.tags,), ("vocab",), value=0.0)
+        self.out = param(rngs, (cfg.d_hidden, cfg.tags), (None, None), std=cfg.d_hidden ** -0.5)
+        self.out_bias = param(rngs, (cfg.tags,), (None,), value=0.0)
 
     def inputs(self, h_enc: jax.Array) -> jax.Array:
         """What words add to the gates, for all positions at once: float32[B, T, 4H]."""
@@ -143,7 +146,7 @@ class TagLstm(nnx.Module):
         first, _ = crf.ends(real)
         before = jnp.where(first, self.go, jnp.pad(jnp.maximum(tags, 0), ((0, 0), (1, 0)))[:, :-1])
         h = self.lstm(self.inputs(h_enc) + self.tag_inputs()[before], first, self.cfg.dtype)
-        probe = _layer(stack.select(taps, lambda name: name == "decoder.state"), 0).probe(real)
+        probe = _layer(stack.select(taps, lambda name: name == "decoder.state"), 0).probe(jnp.asarray(real))
         h = _dropout(probe("decoder.state", h), self.cfg.dropout, key)
         return self.logits(h), _stacked([probe.out])
 
@@ -208,8 +211,8 @@ class TagCrf(nnx.Module):
 
     def __init__(self, cfg: CnnCnnLstmConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.out = param(rngs, (cfg.d_enc, cfg.tags), ("embed", "vocab"), std=cfg.d_enc ** -0.5)
-        self.out_bias = param(rngs, (cfg.tags,), ("vocab",), value=0.0)
+        self.out = param(rngs, (cfg.d_enc, cfg.tags), (None, None), std=cfg.d_enc ** -0.5)
+        self.out_bias = param(rngs, (cfg.tags,), (None,), value=0.0)
         self.chain = crf.Crf(cfg.tags, rngs=rngs)
 
     def emissions(self, h_enc: jax.Array) -> jax.Array:
@@ -328,12 +331,15 @@ class CnnCnnLstm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution over the last axis but one that keeps its length and reads zeros over the ends; He et al. 2015."""
+    """A convolution over the last axis but one that keeps its length and reads zeros over the ends; He et al. 2015.
 
-    def __init__(self, width: int, d_in: int, d_out: int, *, rngs: nnx.Rngs):
+    name: of the axis d_out, along which devices may share it.
+    """
+
+    def __init__(self, width: int, d_in: int, d_out: int, name: str | None, *, rngs: nnx.Rngs):
         self.width = width
-        self.kernel = param(rngs, (width, d_in, d_out), (None, "embed", "mlp"), std=(2 / (width * d_in)) ** 0.5)
-        self.bias = param(rngs, (d_out,), ("mlp",), value=0.0)
+        self.kernel = param(rngs, (width, d_in, d_out), (None, None, name), std=(2 / (width * d_in)) ** 0.5)
+        self.bias = param(rngs, (d_out,), (name,), value=0.0)
 
     def __call__(self, x: Float[Any, "B T D"]) -> Float[Array, "B T F"]:
         T, half = x.shape[1], self.width // 2
@@ -349,10 +355,10 @@ def is_word(words: Any) -> Any:
 
 
 def _embedding(rngs: nnx.Rngs, rows: int, width: int, pad: bool = True) -> nnx.Param:
-    """Uniform in ±sqrt(3 / width) (section 3.5), the row of padding 0."""
+    """Uniform in ±sqrt(3 / width) (section 3.5), the row of padding 0. No axis names: a vocabulary has any size."""
     limit = (3 / width) ** 0.5
     table = jax.random.uniform(rngs.params(), (rows, width), minval=-limit, maxval=limit)
-    return nnx.Param(table.at[PAD].set(0) if pad else table, out_sharding=("vocab", "embed"), eager_sharding=False)
+    return nnx.Param(table.at[PAD].set(0) if pad else table, out_sharding=(None, None), eager_sharding=False)
 
 
 def _decoded(tags: Any, log_probs: jax.Array, real: Any, total: jax.Array | None, keep: bool) -> Decoded:
@@ -375,12 +381,15 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def _share(rate: float) -> float:
-    """What is kept, in 256ths: a byte of randomness an entry is a quarter of what `bernoulli` draws."""
+    """What is kept, in 256ths: a mask takes a byte an entry."""
     return max(round(256 * (1 - rate)), 1) / 256
 
 
 def _kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.bits(key, shape, jnp.uint8) <= np.uint8(256 * _share(rate) - 1)
+    """Drawn four entries at a time: jax draws 32 bits for an entry of any type, which was a third of a BALD pass."""
+    size = math.prod(shape)
+    drawn = jax.lax.bitcast_convert_type(jax.random.bits(key, (-(-size // 4),)), jnp.uint8)
+    return drawn.reshape(-1)[:size].reshape(shape) <= np.uint8(256 * _share(rate) - 1)
 
 
 def _fold(key: jax.Array | None, number: int) -> jax.Array | None:

@@ -24,8 +24,8 @@ from jaxmodels.cnn_cnn_lstm.network import END, PAD, START, CnnCnnLstm, Decoded,
 from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary, pieces
 from jaxmodels.errors import UserError
 
-LENGTHS = (8, 16, 32, 64, 128)  # positions of rows, START and END included: one compiled shape each
-BATCH, FEW = 4096, 512  # positions of a batch; where there is little to tag
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # positions of rows, START and END included: one compiled shape each
+BATCH, FEW = 1024, 256  # positions of a batch, which fits the caches of a core; where there is little to tag
 FORMS = 512  # distinct words whose characters are read at once
 KIND = "cnn_cnn_lstm"  # model_type in config.json
 FILE = "vocabulary.json"
@@ -90,7 +90,8 @@ class Tagger:
                             "do not belong together")
         self.model, self.vocabulary, self.joins, self.calibration = model, vocabulary, tuple(joins), calibration
         self.pattern = tokens.pattern_of(self.joins)
-        self._split = nnx.split(model)
+        graphdef, state = nnx.split(model)
+        self._split = _Static(graphdef), state
 
     # Use
 
@@ -149,7 +150,11 @@ class Tagger:
                  for start, stop in pieces(len(words), lengths[-1] - 2)]
         sizes = np.array([stop - start + 2 for _, start, stop in parts], int)
         order, bucket = np.argsort(sizes, kind="stable"), np.searchsorted(lengths, np.sort(sizes))
-        places, table = self.vocabulary.forms(word for words in sentences for word in words)
+        places: dict[str, int] = {}  # of every distinct word: what is asked once a word is asked of these
+        flat = np.array([places.setdefault(word, len(places)) for words in sentences for word in words], np.int32)
+        begins = np.cumsum([0, *map(len, sentences)])
+        ids = np.array(self.vocabulary.word_ids(list(places)), np.int32)
+        table = self.vocabulary.char_table(places)
         vectors = self.char_vectors(table)
         for number, length in enumerate(lengths):
             members, size = order[bucket == number], max(positions // length, 1)
@@ -158,9 +163,10 @@ class Tagger:
                 words = np.full((size, length), PAD, np.int32)
                 forms = np.full((size, length), len(places), np.int32)
                 for row, (i, start, stop) in enumerate(here):
-                    inside = sentences[i][start:stop]
-                    words[row, :len(inside) + 2] = [START, *self.vocabulary.word_ids(inside), END]
-                    forms[row, 1:len(inside) + 1] = [places[word] for word in inside]
+                    inside = flat[begins[i] + start:begins[i] + stop]
+                    n = len(inside) + 1
+                    forms[row, 1:n] = inside
+                    words[row, 0], words[row, 1:n], words[row, n] = START, ids[inside], END
                 yield Batch(words, vectors[forms], here, forms, table)
 
     def char_vectors(self, chars: np.ndarray) -> np.ndarray:
@@ -260,12 +266,25 @@ def _about(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing or damaged ({told}); save the tagger again") from None
 
 
+class _Static:
+    """A graphdef whose hash is taken once: jit asks for it at every call, and it takes milliseconds."""
+
+    def __init__(self, graphdef: Any):
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Static) and self.graphdef == other.graphdef)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _characters(graphdef, state, chars):
-    return nnx.merge(graphdef, state).chars(chars)[0].astype(jnp.float32)
+def _characters(static, state, chars):
+    return nnx.merge(static.graphdef, state).chars(chars)[0].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _decode(graphdef, state, words, w_char, beam) -> Decoded:
-    model = nnx.merge(graphdef, state)
+def _decode(static, state, words, w_char, beam) -> Decoded:
+    model = nnx.merge(static.graphdef, state)
     return model.decode_encoded(model.words(words, w_char)[0], is_word(words), beam=beam)

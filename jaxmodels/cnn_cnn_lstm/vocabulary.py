@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,15 +83,9 @@ class Vocabulary:
         ids[:len(word) + 2] = [START, *(self._char_ids.get(c, UNK) for c in word), END]
         return ids
 
-    def forms(self, words: Iterable[str]) -> tuple[dict[str, int], np.ndarray]:
-        """(place of every distinct word, characters int32[n + 1, length]); the last row is of what is no word."""
-        places: dict[str, int] = {}
-        for word in words:
-            places.setdefault(word, len(places))
-        chars = np.zeros((len(places) + 1, self.length), np.int32)
-        for word, i in places.items():
-            chars[i] = self.char_ids(word)
-        return places, chars
+    def char_table(self, words: Collection[str]) -> np.ndarray:
+        """Characters of words, int32[n + 1, length]; the last row is of what is no word."""
+        return np.stack([*map(self.char_ids, words), np.full(self.length, PAD, np.int32)])
 
     def encode_tags(self, tags: Sequence[str]) -> list[int]:
         """IOBES tags. Raises UserError for a type that the vocabulary does not have."""

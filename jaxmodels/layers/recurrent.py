@@ -31,7 +31,7 @@ class Lstm(nnx.Module):
 
     def __init__(self, d_in: int, d_hidden: int, *, rngs: nnx.Rngs):
         self.d_hidden = d_hidden
-        self.input = param(rngs, (d_in, 4 * d_hidden), ("embed", "mlp"), std=(2 / (d_in + d_hidden)) ** 0.5)
+        self.input = param(rngs, (d_in, 4 * d_hidden), (None, "mlp"), std=(2 / (d_in + d_hidden)) ** 0.5)
         self.hidden = param(rngs, (d_hidden, 4 * d_hidden), (None, "mlp"), std=d_hidden ** -0.5)
         self.bias = param(rngs, (4 * d_hidden,), ("mlp",), value=0.0)
         self.bias[...] = self.bias[...].at[d_hidden:2 * d_hidden].set(1.0)

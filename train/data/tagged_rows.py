@@ -32,6 +32,7 @@ def tagged_rows(sentences: Sequence[Sentence], vocabulary: Vocabulary, length: i
     # What is packed are places in the lists above; a gap goes with each but where it would be at a row's end.
     padded = [np.pad(one, (0, min(gap, length - len(one)))) for one in places]
     rows = pack_whole(padded, length, 0, seed)["tokens"]
-    distinct, chars = vocabulary.forms(form for form in forms if form)
+    distinct = {form: i for i, form in enumerate(dict.fromkeys(form for form in forms if form))}
     of = np.array([distinct.get(form, len(distinct)) for form in forms])
+    chars = vocabulary.char_table(distinct)
     return {"words": np.array(words, np.int32)[rows], "tags": np.array(tags, np.int32)[rows], "chars": chars[of[rows]]}
