@@ -11,8 +11,8 @@ from jaxmodels import cli
 from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
 from jaxmodels.cnn_cnn_lstm.network import CnnCnnLstm
 from jaxmodels.cnn_cnn_lstm.passes import dropout_passes
-from jaxmodels.cnn_cnn_lstm.tagger import Tagger
-from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary
+from jaxmodels.cnn_cnn_lstm.tagger import LENGTHS, Tagger
+from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary, pieces
 from jaxmodels.errors import Interrupted, UserError
 from tests.tiny_ner import run, sentences, trained, write
 from train.data.word_vectors import write_vectors
@@ -129,8 +129,13 @@ def test_tags_do_not_depend_on_company(tagger):
 
 @pytest.mark.long
 def test_a_sentence_of_5000_words(tagger):
-    found = tagger.tag([["Aspirin", "eases"] * 2500])[0]
-    assert len(found.tags) == len(found.log_prob) == 5000 and found.tags.count("B-Drug") > 2000
+    """Read in parts, each as if it stood alone, and joined again."""
+    words = ["Aspirin", "eases"] * 2500
+    found = tagger.tag([words])[0]
+    alone = tagger.tag([words[start:stop] for start, stop in pieces(len(words), LENGTHS[-1] - 2)])
+    assert len(found.tags) == len(found.log_prob) == 5000 and "B-Drug" in found.tags
+    assert list(found.tags) == [tag for part in alone for tag in part.tags]
+    np.testing.assert_allclose(found.log_prob, np.concatenate([part.log_prob for part in alone]), atol=1e-5)
 
 
 def test_what_is_saved_is_what_is_loaded(tagger, tmp_path):
