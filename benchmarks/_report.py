@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from benchmarks._timing import cores
 from jaxmodels.errors import UserError
 from train.runtime.environment import describe
+from train.runtime.table import print_table
 
 
 def check_out(out: str | None) -> None:
@@ -54,7 +54,7 @@ def publish(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str], 
     table = [list(columns), *[[_cell(row.get(column)) for column in columns] for row in rows]]
     print(f"{title}\n{about['processor']}, {about['threads']} threads; jax {about['versions']['jax']} on "
           f"{about['device']['kind']}" + "".join(f", {name} {version}" for name, version in about["peers"].items()))
-    _print(table)
+    print_table(table)
     for note in notes:
         print(note)
     if out is not None:
@@ -68,20 +68,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return "" if value is None else str(value)
-
-
-def _print(table: list[list[str]]) -> None:
-    if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(*table[0], box=box.SIMPLE)
-    for row in table[1:]:
-        shown.add_row(*map(Text, row))
-    Console().print(shown)

@@ -1,9 +1,10 @@
 """Tables on stdout, for people and for pipes."""
 
 import sys
+from collections.abc import Sequence
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     """A rich table on a terminal; piped, columns padded to their widest cell and never cut."""
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
