@@ -30,6 +30,7 @@ if importlib.util.find_spec("beartype"):
     # Checks the shapes and dtypes that public functions declare, on every call that the suite makes.
     install_import_hook("jaxmodels", "beartype.beartype")
 
+MAPS = 15_000  # memory maps of a process above which compiled programs are dropped
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -39,6 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "torch" in item.keywords and not HAS_TORCH:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgets_programs():
+    """Every program that XLA compiles for a CPU holds some memory maps, and Linux gives a process 65,530: with more,
+    compiling or storing a program ends in a segmentation fault. A module's programs go when it is done, where they are
+    many: the next would have to compile the small ones again."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPS:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture

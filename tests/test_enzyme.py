@@ -13,6 +13,7 @@ import jaxmodels
 from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.esm.config import EsmConfig
 from jaxmodels.esm.model import Esm
+from tests.interrupted import signal_at
 from train import enzyme, enzyme_floors, enzyme_transfer, metrics, protein_pretrain
 from train.data.proteins import Protein
 from train.objectives.classify import Classify, ClassifyTerms, class_weights, term_weights
@@ -20,7 +21,6 @@ from train.optimizers import layerwise, scaled
 from train.runtime.config import resolve, to_dict
 from train.runtime.mesh import make_mesh
 from train.runtime.run_folder import RunFolder
-from train.runtime.signals import stop
 from train.runtime.state import split
 from train.settings import MeshConfig
 
@@ -226,22 +226,10 @@ def start(name, run, out, *overrides):
     return json.loads((out / "results.json").read_text())
 
 
-def stopped(step, monkeypatch, *arguments):
+def stopped(step, *arguments):
     """A run that a signal reaches after `step` is logged."""
-    log = RunFolder.log
-
-    def signal(self, step, **values):
-        log(self, step, **values)
-        if step == at:
-            stop.requested = "SIGTERM"
-
-    at = step
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(RunFolder, "log", signal)
-        try:
-            start(*arguments)
-        finally:
-            stop.requested = None
+    with signal_at(step), pytest.raises(Interrupted):
+        start(*arguments)
 
 
 def logged(out):
@@ -282,10 +270,10 @@ def test_pretraining_tells_floors_and_leaves_a_model(pretrained):
 
 
 @pytest.mark.long
-def test_pretraining_goes_on_where_it_stopped(pretrained, tmp_path, monkeypatch):
+def test_pretraining_goes_on_where_it_stopped(pretrained, tmp_path):
     _, whole, overrides = pretrained
     out = tmp_path / "halves"
-    stopped(13, monkeypatch, "esm_pretrain", protein_pretrain.run, out, *overrides)
+    stopped(13, "esm_pretrain", protein_pretrain.run, out, *overrides)
     assert json.loads((out / "results.json").read_text())["status"] == "interrupted"
     assert start("esm_pretrain", protein_pretrain.run, out, *overrides)["status"] == "complete"
     assert logged(out) == logged(whole)
@@ -321,11 +309,11 @@ def test_fine_tuning_tells_the_model_beside_every_floor(tuned):
 
 
 @pytest.mark.long
-def test_fine_tuning_goes_on_where_it_stopped(tuned, tmp_path, monkeypatch):
+def test_fine_tuning_goes_on_where_it_stopped(tuned, tmp_path):
     results, whole, overrides = tuned
     out = tmp_path / "halves"
     with pytest.warns(UserWarning, match="recorded"):
-        stopped(8, monkeypatch, "esm_enzyme", enzyme.run, out, *overrides)
+        stopped(8, "esm_enzyme", enzyme.run, out, *overrides)
         again = start("esm_enzyme", enzyme.run, out, *overrides)
     assert logged(out) == logged(whole)
     clock = ("second", "goodput")

@@ -12,6 +12,7 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.text2tree.encoders import TransformerEncoder
+from tests.interrupted import signal_at
 from tests.tiny_texts import write
 from train import predict, sweep, text2tree, text_pretrain
 from train.data.coded_texts import Columns, coded_texts
@@ -20,7 +21,6 @@ from train.runtime import loop
 from train.runtime.config import resolve, to_dict
 from train.runtime.mesh import make_mesh
 from train.runtime.run_folder import RunFolder
-from train.runtime.signals import stop
 from train.text2tree_config import TextEncoderConfig
 from train.text_pretrain import MaskedPieces, PieceMasking, cut
 from train.text_reader import SPECIAL, fingerprint, learned
@@ -48,18 +48,9 @@ def compiled_once(patch):
 def pretrained(out, path, stop_at=None):
     """Pre-trains alone, as a run would; stop_at: the step after which a signal comes."""
     cfg = resolve("text2tree", [*TINY, f"data.path={path}"])
-    log = RunFolder.log
-
-    def signal(self, step, **metrics):
-        log(self, step, **metrics)
-        if step == stop_at:
-            stop.requested = "SIGTERM"
-
     with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder, \
-            pytest.MonkeyPatch.context() as patch:
+            signal_at(stop_at) as patch:
         compiled_once(patch)
-        patch.setattr(RunFolder, "log", signal)
-        patch.setattr(stop, "requested", None)
         return text_pretrain.pretrain(cfg, folder, text2tree.read(cfg), make_mesh(cfg.mesh)), folder.results()
 
 

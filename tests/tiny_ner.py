@@ -8,13 +8,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 
+from tests.interrupted import signal_at
 from train import ner
 from train.data.conll import Sentence, write_conll
 from train.runtime.config import resolve, to_dict
 from train.runtime.run_folder import RunFolder
-from train.runtime.signals import stop
 
 NAMES = ("Aspirin", "Naloxone", "Ibuprofen", "Clonidine", "Heparin", "Morphine")
 ILLS = ("fever", "pain", "headache", "nausea", "shock", "asthma")
@@ -45,17 +44,7 @@ def write(folder, count=24):
 
 def run(out, data, *overrides, stop_at=None):
     cfg = resolve("ner", [f"data.path={data}", *FAST, *overrides])
-    log = RunFolder.log
-
-    def signal(self, step, **metrics):
-        log(self, step, **metrics)
-        if step == stop_at:
-            stop.requested = "SIGTERM"
-
-    with RunFolder.open("ner", to_dict(cfg), out, operational=cfg.operational) as folder, \
-            pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "log", signal)
-        patch.setattr(stop, "requested", None)
+    with RunFolder.open("ner", to_dict(cfg), out, operational=cfg.operational) as folder, signal_at(stop_at):
         ner.run(cfg, folder)
     return json.loads((out / "results.json").read_text())
 

@@ -8,14 +8,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from flax import nnx
 
 import jaxmodels
+from tests.interrupted import signal_at
 from train import text2tree
 from train.runtime.config import resolve, to_dict
 from train.runtime.run_folder import RunFolder
-from train.runtime.signals import stop
 from train.text_reader import learned
 
 CODES = ("A41.0", "A41.9", "B20.1", "B20.2", "C11.5")
@@ -39,17 +38,7 @@ def write(path, multi=True, count=160):
 def run(out, path, *overrides, stop_at=None):
     cfg = resolve("text2tree", ["preset=tiny", f"data.path={path}", "data.split=split", "data.limit=none",
                                 "encoder.words=300", *overrides])
-    log = RunFolder.log
-
-    def signal(self, step, **metrics):
-        log(self, step, **metrics)
-        if step == stop_at:
-            stop.requested = "SIGTERM"
-
-    with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder, \
-            pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "log", signal)
-        patch.setattr(stop, "requested", None)
+    with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder, signal_at(stop_at):
         text2tree.run(cfg, folder)
     return json.loads((out / "results.json").read_text())
 

@@ -280,4 +280,4 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
                 for row in found:
                     yield i, row
 
-    return Predictions(COLUMNS, rows())
+    return Predictions(COLUMNS, rows(), "no entity")

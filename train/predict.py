@@ -26,10 +26,12 @@ SHOWN = 5  # lines that an error names
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """rows: (number of the text from 0, a value for each of the columns), texts in order; made while they are read."""
+    """rows: (number of the text from 0, a value for each of the columns), texts in order; made while they are read.
+    silence: what it means that a text has no row, and what helps."""
 
     columns: tuple[str, ...]
     rows: Iterable[tuple[int, tuple[Any, ...]]]
+    silence: str
 
 
 def predict(run: str | Path, texts: Sequence[str], top: int | None = None) -> Predictions:
@@ -57,7 +59,7 @@ def finished(run: Path) -> tuple[str, Mapping[str, Any]]:
     function = getattr(find(name).get_config(), "predict", None) if name in experiment_names() else None
     if not function:
         raise UserError(f"{run} is a run of {about.get('name')}, which predicts nothing; give a run of text2tree or "
-                        "another experiment that does")
+                        "ner, or of another experiment that does")
     status = (read_json(run / RESULTS) or {}).get("status", "not begun")
     if status != "complete":
         raise UserError(f"{run} is not finished (status: {status}); run it to its end first, with the same command")
@@ -100,8 +102,7 @@ def command(arguments: argparse.Namespace, print_table: Callable[[list[tuple[str
     for name, count in amiss.items():
         print(f"jaxmodels: {arguments.csv}: {name}: {count}", file=sys.stderr)
     if silent := len(texts) - len(answered):
-        print(f"jaxmodels: {silent} of {len(texts)} texts have no answer above the run's threshold; --top 1 shows the "
-              "likeliest", file=sys.stderr)
+        print(f"jaxmodels: {silent} of {len(texts)} texts have {found.silence}", file=sys.stderr)
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:

@@ -399,4 +399,5 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
                     path = sum((about(int(node)) for node in tree.paths[k, 1:]), ())
                     yield i, (float(row[k]), "yes" if said[k] else "no", *about(int(tree.leaf_index[k])), *path)
 
-    return Predictions(("score", "given", "code", "description", *path_columns), rows())
+    return Predictions(("score", "given", "code", "description", *path_columns), rows(),
+                       "no answer above the run's threshold; --top 1 shows the likeliest")

@@ -6,7 +6,6 @@ batches comes back as exports, is left out of the choice and can be written as t
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from jaxmodels.cnn_cnn_lstm.tagger import Tagger, confidence
 from jaxmodels.errors import UserError
 from train.data.annotations import FORMATS, Item, identity, item_tags, matched, read_items, write_items
 from train.data.conll import Sentence, read_text, write_conll
-from train.data.spans import Span
+from train.data.spans import Span, parse_text
 from train.runtime.config import did_you_mean
 
 Words = list[tokens.Word]
@@ -84,7 +83,8 @@ def read_pool(path: str | Path, tagger: Tagger, counts: Counter[str]) -> dict[st
     text = read_text(path, counts)
     texts: Iterable[str] = [text]
     if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-        texts = [_text(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        texts = [parse_text(line, f"{path}:{number}")[1] for number, line in lines if line.strip()]
     pool: dict[str, Unlabelled] = {}
     for one in texts:
         for words in tokens.sentences_of(one, tagger.pattern):
@@ -135,13 +135,3 @@ def _unlabelled(text: str, words: Words) -> Unlabelled:
     start = words[0].start
     return Unlabelled(text[start:words[-1].stop], tuple(word.text for word in words),
                       tuple((word.start - start, word.stop - start) for word in words))
-
-
-def _text(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); write an object with text a line") from None
-    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
-        raise UserError(f"{where}: no text; write an object with text a line")
-    return row["text"]

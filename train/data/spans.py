@@ -108,19 +108,25 @@ def entities_of(spans: Iterable[Span], places: Sequence[tuple[int, int]], text: 
     return taken
 
 
-def parse_line(line: str, where: str) -> tuple[Mapping[str, Any], str, list[Span]]:
-    """(the whole object, its text, its entities) of a line of JSON."""
+def parse_text(line: str, where: str) -> tuple[Mapping[str, Any], str]:
+    """(the whole object, its text) of a line of JSON."""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); write an object with text and entities a line") from None
+        raise UserError(f"{where}: not JSON ({error}); write an object with text a line") from None
     if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
-        raise UserError(f"{where}: no text; write an object with text and entities a line")
+        raise UserError(f"{where}: no text; write an object with text a line")
+    return row, row["text"]
+
+
+def parse_line(line: str, where: str) -> tuple[Mapping[str, Any], str, list[Span]]:
+    """(the whole object, its text, its entities) of a line of JSON."""
+    row, text = parse_text(line, where)
     key = next((key for key in LISTS if key in row), None)
     values = [] if key is None else row[key]
     if not isinstance(values, list):
         raise UserError(f"{where}: {key} is not a list; write [[start, end, type], ...]")
-    return row, row["text"], [_span(value, f"{where}: {key}[{i}]") for i, value in enumerate(values)]
+    return row, text, [_span(value, f"{where}: {key}[{i}]") for i, value in enumerate(values)]
 
 
 def _span(value: Any, where: str) -> Span:
