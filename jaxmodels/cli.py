@@ -163,9 +163,9 @@ def _open_run(name: str, config: dict, out: str | None, **about):
 
 def _sweep_arguments(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="an experiment of `jaxmodels list`")
-    parser.add_argument("overrides", metavar="grid=... seeds=N key=value", nargs="+",
+    parser.add_argument("overrides", metavar="grid=... seeds=N together=N key=value", nargs="+",
                         help="a grid that the experiment names, or key=value,value;key=value,value; seeds (default 1); "
-                        "keys for all trials")
+                        "how many seeds are trained together, in one step (default 1); keys for all trials")
     parser.add_argument("--out", metavar="DIR", help="sweep folder (default: runs/NAME-sweep-<hash>)")
 
 

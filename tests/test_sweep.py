@@ -13,7 +13,9 @@ import pytest
 from analysis import sweep_report
 from jaxmodels import cli
 from jaxmodels.errors import UserError
+from tests import tiny_experiment
 from train import sweep
+from train.runtime.signals import stop
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "tests.tiny_experiment"
@@ -45,10 +47,43 @@ def test_a_grid_may_be_written_out():
     (["grid=inner.size=2,x"], "expected int"),
     (["grid=sizes", "seeds=0"], "seeds=0 must be a whole number"),
     (["grid=sizes", "units"], "is not key=value"),
+    (["grid=sizes", "together=two"], "together=two must be a whole number"),
 ])
 def test_bad_plans(words, told):
     with pytest.raises(UserError, match=told):
         sweep.plan(TINY, words)
+
+
+def test_seeds_of_a_variant_are_grouped():
+    planned = sweep.plan(TINY, ["grid=sizes", "seeds=3", "together=2"])
+    assert [[(t.variant, t.seed) for t in group] for group in planned.groups] == [
+        [("small", 0), ("small", 1)], [("large", 0), ("large", 1)], [("small", 2)], [("large", 2)]]
+    with pytest.raises(UserError, match="together=2: lm_moe_pretrain trains its trials one by one only"):
+        sweep.plan("lm_moe_pretrain", ["grid=twins", "seeds=2", "together=2"])
+
+
+def test_groups_go_on_and_may_be_cut_otherwise(tmp_path):
+    out = tmp_path / "s"
+    words = ["sweep", TINY, "grid=sizes", "preset=tiny", "--out", str(out)]
+    assert cli.main([*words, "seeds=2"]) == 0
+    alone = (out / "small" / "seed-0" / "results.json").read_bytes()
+    assert cli.main([*words, "seeds=5", "together=4"]) == 0  # of the first four two are complete
+    assert (out / "small" / "seed-0" / "results.json").read_bytes() == alone
+    found = [results(out / "small" / f"seed-{seed}") for seed in range(5)]
+    assert [one.get("together") for one in found] == [None, None, 2, 2, None]
+    assert [one["total"] for one in found] == [1 + 3 + seed for seed in range(5)]
+    assert {one["status"] for one in found} == {"complete"}
+    assert all((out / "small" / f"seed-{seed}" / "report.html").exists() for seed in range(5))
+
+
+def test_one_of_a_group_fails(tmp_path, capsys):
+    out = tmp_path / "s"
+    words = ["grid=inner.size=2", "note=odd bug", "seeds=3", "together=3", "--out", str(out)]
+    assert cli.main(["sweep", TINY, *words]) == 1
+    assert "1 of 3 trials failed, inner.size=2/seed-1 first: an odd bug" in capsys.readouterr().err
+    found = [results(out / "inner.size=2" / f"seed-{seed}") for seed in range(3)]
+    assert [one["status"] for one in found] == ["complete", "failed", "complete"]
+    assert "total" in found[2] and found[1]["error"] == "ZeroDivisionError: an odd bug"
 
 
 def test_one_folder_one_report_and_more_seeds_later(tmp_path, capsys):
@@ -91,6 +126,24 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert 0 < results(out / "large" / "seed-0")["computed"] < 6 and results(out)["status"] == "complete"
+
+
+def test_a_signal_reaches_all_of_a_group(tmp_path, monkeypatch):
+    words = ["sweep", TINY, "grid=inner.size=2", "seeds=3", "together=3", "--out", str(tmp_path / "s")]
+    log = tiny_experiment.run
+
+    def signalled(config, folder):
+        if config.seed == 1:
+            stop.requested = "SIGTERM"
+        log(config, folder)
+
+    monkeypatch.setattr(tiny_experiment, "run", signalled)
+    assert cli.main(words) == 75
+    folders = [tmp_path / "s" / "inner.size=2" / f"seed-{seed}" for seed in range(3)]
+    assert [results(folder)["status"] for folder in folders] == ["complete", "interrupted", "interrupted"]
+    monkeypatch.setattr(tiny_experiment, "run", log)
+    assert cli.main(words) == 0
+    assert [results(folder)["computed"] for folder in folders] == [3, 2, 2]
 
 
 def test_summary_and_paired_differences():

@@ -84,7 +84,7 @@ def test_shares_of_attention_are_those_of_families():
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     _, out, path = finished
-    monkeypatch.setattr(text2tree, "train", None)
+    monkeypatch.setattr(text2tree, "prepare", None)
     run(out, path, *LEARNS)
 
 

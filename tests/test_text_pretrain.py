@@ -34,7 +34,7 @@ STEPS = {}
 
 def compiled_once(patch):
     """Steps of runs that are alike, of which seeds have the same: one compilation serves all of them here."""
-    whole = loop._Loop._compile
+    whole = loop.Loop.compile
 
     def memo(self):
         kind = self.run.name == "text_pretrain"
@@ -42,7 +42,7 @@ def compiled_once(patch):
             STEPS[kind] = whole(self)
         return STEPS[kind]
 
-    patch.setattr(loop._Loop, "_compile", memo)
+    patch.setattr(loop.Loop, "compile", memo)
 
 
 def pretrained(out, path, stop_at=None):

@@ -30,6 +30,7 @@ class Config:
     inner: Inner = Inner()
     seed: int = 0
     entry: str = "tests.tiny_experiment:run"
+    together: str = "tests.tiny_experiment:run_together"
     report: str = "tests.tiny_experiment:report"
 
     def __post_init__(self):
@@ -52,6 +53,8 @@ def run(config, folder):
         raise UserError("note 'bad input' is not accepted; choose another")
     if config.note == "bug":
         raise ZeroDivisionError("a bug")
+    if config.note == "odd bug" and config.seed % 2:
+        raise ZeroDivisionError("an odd bug")
     computed = 0
     with folder.progress(config.units, "units") as advance:
         for unit in range(config.units):
@@ -66,6 +69,19 @@ def run(config, folder):
             folder.check_stop()
     totals = [int(folder.load_npz(f"units/{unit}")["total"]) for unit in range(config.units)]
     folder.write_results({"total": sum(totals) + config.seed, "computed": computed})
+
+
+def run_together(configs, folders):
+    """One after another, and every folder tells how many there were."""
+    ends = []
+    for config, folder in zip(configs, folders, strict=True):
+        folder.write_results({"together": len(configs)})
+        try:
+            run(config, folder)
+            ends.append(None)
+        except Exception as error:
+            ends.append(error)
+    return ends
 
 
 def report(directory):

@@ -112,9 +112,12 @@ def open_batches(cfg):
     return Batches(Records(cfg), transforms=(("poison", 1, poison),) if poisoned else (), **options)
 
 
-def run(cfg, folder, on_evaluate=lambda state: None):
-    mesh = make_mesh(cfg.mesh, jax.devices() if jax.process_count() > 1 else jax.devices()[:abs(cfg.mesh.data) *
+def mesh_of(cfg):
+    return make_mesh(cfg.mesh, jax.devices() if jax.process_count() > 1 else jax.devices()[:abs(cfg.mesh.data) *
                      cfg.mesh.fsdp * cfg.mesh.expert * cfg.mesh.tensor])
+
+
+def task_of(cfg, mesh, on_evaluate=lambda state: None):
     plan, step, example = pieces(cfg, mesh)
 
     def evaluate(state, check):
@@ -125,8 +128,12 @@ def run(cfg, folder, on_evaluate=lambda state: None):
         return {"validation_loss": float(state["step"])}
 
     task = loop.Task(plan, step, open_batches(cfg), example, cfg.batch, 1e6, evaluate)
-    if cfg.slow == "step":
-        task = dataclasses.replace(task, batches=_Slow(task.batches))
+    return dataclasses.replace(task, batches=_Slow(task.batches)) if cfg.slow == "step" else task
+
+
+def run(cfg, folder, on_evaluate=lambda state: None):
+    mesh = mesh_of(cfg)
+    task = task_of(cfg, mesh, on_evaluate)
     with use_mesh(mesh):
         trained = loop.train(folder, cfg.loop, task, mesh)
     folder.write_results({"finished": True, "steps": trained.step})

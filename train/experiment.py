@@ -7,13 +7,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxmodels.errors import Interrupted
 from train.data import records
 from train.data.pipeline import Batches
 from train.runtime import flops, loop
@@ -23,6 +24,7 @@ from train.runtime.mesh import batch_sharding, check_batch, replicated, use_mesh
 from train.runtime.run_folder import RunFolder
 from train.runtime.state import Blueprint, State, path_text
 from train.runtime.step import Objective, TrainStep, make_step
+from train.runtime.together import train_together
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -33,6 +35,56 @@ def train(cfg: Any, folder: RunFolder, task: loop.Task, mesh: Mesh) -> loop.Trai
         return loop.train(folder, cfg.loop, task, mesh)
     with use_mesh(mesh, parts=cfg.mesh.parts, ragged=cfg.mesh.ragged):
         return loop.train(folder, cfg.loop, task, mesh)
+
+
+class Trial(Protocol):
+    """A run that is ready to be trained."""
+
+    cfg: Any
+    folder: RunFolder
+    task: loop.Task
+    mesh: Mesh
+
+
+def run(cfg: Any, folder: RunFolder, prepare: Callable[[Any, RunFolder], Trial],
+        finish: Callable[[Any, loop.Trained], None]) -> None:
+    """``prepare(cfg, folder)``, training, ``finish(trial, trained)``; nothing where the results say `finished`."""
+    if not folder.results().get("finished"):
+        trial = prepare(cfg, folder)
+        finish(trial, train(trial.cfg, folder, trial.task, trial.mesh))
+
+
+def run_together(cfgs: Sequence[Any], folders: Sequence[RunFolder], prepare: Callable[[Any, RunFolder], Trial],
+                 finish: Callable[[Any, loop.Trained], None]) -> list[Exception | None]:
+    """`run` of several that differ in their seeds, trained in lockstep. Returns what each failed with, None for none.
+
+    Raises Interrupted before the training, and UserError for runs that cannot be trained together.
+    """
+    ends: list[Exception | None] = [None] * len(cfgs)
+    trials = {}
+    for place, (cfg, folder) in enumerate(zip(cfgs, folders, strict=True)):
+        try:
+            if not folder.results().get("finished"):
+                trials[place] = prepare(cfg, folder)
+        except Interrupted:
+            raise
+        except Exception as error:
+            ends[place] = error
+    if not trials:
+        return ends
+    first = next(iter(trials.values()))
+    with use_mesh(first.mesh, parts=first.cfg.mesh.parts, ragged=first.cfg.mesh.ragged):
+        trained = train_together([trial.folder for trial in trials.values()],
+                                 [trial.cfg.loop for trial in trials.values()],
+                                 [trial.task for trial in trials.values()], first.mesh)
+    for (place, trial), end in zip(trials.items(), trained, strict=True):
+        try:
+            if isinstance(end, Exception):
+                raise end
+            finish(trial, end)
+        except Exception as error:
+            ends[place] = error
+    return ends
 
 
 def plan_step(cfg: Any, plan: Blueprint, step: TrainStep, shapes: Shapes, flops_per_token: float, mesh: Mesh

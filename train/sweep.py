@@ -2,11 +2,17 @@
 
     jaxmodels sweep lm_moe_pretrain grid=twins seeds=3               # a grid that the experiment names (GRIDS)
     jaxmodels sweep lm_moe_pretrain "grid=model.top_k=1,2;optimizer.name=adamw,muon" preset=tiny
+    jaxmodels sweep text2tree_mesh grid=methods seeds=4 together=4       # seeds of a variant, one step for all
 
 Every trial has a run folder of its own inside the sweep's, so whatever reads runs reads trials. Seeds are the outer
 loop: what a shared machine does to the clock falls on all variants alike, and an early stop leaves whole comparisons.
+
+together=N trains up to N seeds of a variant in lockstep (`train.runtime.together`), where an experiment's config names
+a function for that: ``together="module:function"``, called as ``function(configs, run folders)``, gives what each trial
+failed with, or None. It pays where one trial does not fill the device.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -19,6 +25,7 @@ from train.runtime.config import defaults_of, did_you_mean, find, load_function,
 from train.runtime.run_folder import RunFolder
 
 SEED = "seed"  # the key of an experiment's config that seeds change
+TOGETHER = "together"
 REPORT = "analysis.sweep_report:build"  # where an experiment's config names none of its own, `sweep_report`
 
 
@@ -37,38 +44,52 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep runs. `config` is what its folder records; more seeds may be asked for later."""
+    """What a sweep runs, group by group. `config` is what its folder records; more seeds may be asked for later."""
 
     name: str
     config: dict[str, Any]
-    trials: tuple[Trial, ...]
-    operational = ("seeds",)
+    groups: tuple[tuple[Trial, ...], ...]  # of trials that are trained together
+    operational = ("seeds", "together")
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        return sum(self.groups, ())
 
 
 def plan(name: str, words: Iterable[str]) -> Sweep:
     """The trials of ``["grid=...", "seeds=3", "key=value", ...]``. Raises UserError before anything runs."""
     given = dict(map(split_override, words))
-    grid, count = given.pop("grid", ""), given.pop("seeds", "1")
+    grid = given.pop("grid", "")
+    count, together = (_at_least_one(key, given.pop(key, "1")) for key in ("seeds", "together"))
     if not grid:
         grids = find(name).grids
         raise UserError(f"nothing to vary: give grid=NAME ({', '.join(grids) or name + ' names none'}) or "
                         "grid=key=value,value")
-    if not count.isdecimal() or int(count) < 1:
-        raise UserError(f"seeds={count} must be a whole number of at least 1")
     variants = _variants(name, grid)
     probe = resolve(name, {**given, **next(iter(variants.values()))})
     seeds: Sequence[int | None] = (None,)
     if hasattr(probe, SEED):
-        seeds = range(probe.seed, probe.seed + int(count))
-    elif int(count) > 1:
+        seeds = range(probe.seed, probe.seed + count)
+    elif count > 1:
         raise UserError(f"seeds={count}: {name} has no key {SEED!r}, so all seeds would give the same; leave it out")
-    trials = []
-    for seed, (variant, changes) in itertools.product(seeds, variants.items()):
-        seeded = {} if seed is None else {SEED: str(seed)}
-        trials.append(Trial(variant, seed, resolve(name, {**given, **changes, **seeded})))
-    config = {"experiment": find(name).name, "grid": grid, "overrides": given, "seeds": int(count),
+    if together > 1 and not hasattr(probe, TOGETHER):
+        raise UserError(f"together={together}: {name} trains its trials one by one only (its config names no "
+                        f"{TOGETHER!r}); leave it out")
+    groups = []
+    some = [seeds[start:start + together] for start in range(0, len(seeds), together)]
+    for few, (variant, changes) in itertools.product(some, variants.items()):
+        seeded = [{} if seed is None else {SEED: str(seed)} for seed in few]
+        groups.append(tuple(Trial(variant, seed, resolve(name, {**given, **changes, **one}))
+                            for seed, one in zip(few, seeded, strict=True)))
+    config = {"experiment": find(name).name, "grid": grid, "overrides": given, "seeds": count, "together": together,
               "report": getattr(probe, "sweep_report", REPORT)}
-    return Sweep(f"{find(name).name}-sweep", config, tuple(trials))
+    return Sweep(f"{find(name).name}-sweep", config, tuple(groups))
+
+
+def _at_least_one(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{key}={text} must be a whole number of at least 1")
+    return int(text)
 
 
 def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any]) -> Exception | None:
@@ -77,16 +98,15 @@ def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any
     build_report(directory, function) makes a trial's own report.
     """
     failures: list[tuple[Trial, Exception]] = []
+
+    def failed(trial: Trial, error: Exception) -> None:
+        failures.append((trial, error))
+        print(f"{trial.folder} failed: {error}", file=sys.stderr)
+
     with folder.progress(len(sweep.trials), "trials") as advance:
-        for trial in sweep.trials:
-            try:
-                _run_trial(trial, folder, build_report)
-            except Interrupted:
-                raise
-            except Exception as error:
-                failures.append((trial, error))
-                print(f"{trial.folder} failed: {error}", file=sys.stderr)
-            advance(1, trial.folder)
+        for group in sweep.groups:
+            _run_group(group, folder, build_report, failed)
+            advance(len(group), group[-1].folder)
     folder.write_results({"trials": len(sweep.trials), "failed_trials": len(failures)})
     if not failures:
         return None
@@ -95,15 +115,51 @@ def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any
     return type(error)(told) if isinstance(error, UserError) else RuntimeError(told)
 
 
-def _run_trial(trial: Trial, folder: RunFolder, build_report: Callable[[Path, str], Any]) -> None:
-    operational, defaults = getattr(trial.config, "operational", ()), defaults_of(trial.config)
-    with folder.stage(trial.folder, to_dict(trial.config), operational, defaults) as stage:
+def _run_group(trials: Sequence[Trial], folder: RunFolder, build_report: Callable[[Path, str], Any],
+               failed: Callable[[Trial, Exception], None]) -> None:
+    """Runs those that are not complete. Raises Interrupted when all their folders are closed."""
+    opened = []  # trial, its folder, and what closes it
+    for trial in trials:
+        operational, defaults = getattr(trial.config, "operational", ()), defaults_of(trial.config)
+        closing = contextlib.ExitStack()
+        try:
+            stage = closing.enter_context(folder.stage(trial.folder, to_dict(trial.config), operational, defaults))
+        except Exception as error:
+            failed(trial, error)
+            continue
         if stage.was_complete:
-            return
-        load_function(trial.config.entry)(trial.config, stage)
-    if stage.writes:
-        build_report(stage.dir, trial.config.report)
+            closing.close()
+        else:
+            opened.append((trial, stage, closing))
+    ends = _train([trial.config for trial, *_ in opened], [stage for _, stage, _ in opened])
+    interrupted = None
+    for (trial, stage, closing), end in zip(opened, ends, strict=True):
+        try:
+            with closing:
+                if end is not None:
+                    raise end
+            if stage.writes:
+                build_report(stage.dir, trial.config.report)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, Interrupted):
+                failed(trial, error)
+            else:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted
     folder.check_stop()
+
+
+def _train(configs: Sequence[Any], stages: Sequence[RunFolder]) -> Sequence[BaseException | None]:
+    """What each run ended with, None for those that came to their end."""
+    try:
+        if len(configs) > 1:
+            return load_function(getattr(configs[0], TOGETHER))(configs, stages)
+        for config, stage in zip(configs, stages, strict=True):
+            load_function(config.entry)(config, stage)
+        return [None] * len(configs)
+    except BaseException as error:  # a second Ctrl-C too: the folders must be told
+        return [error] * len(configs)
 
 
 def _variants(name: str, grid: str) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree import baselines
@@ -45,10 +46,32 @@ CHOSEN_BY = "dev_macro_f1"
 ENCODER = "encoder.sha256"  # in the results: `text_reader.fingerprint`
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A classifier before training, and what it needs. cfg: with the steps that the epochs make."""
+
+    cfg: Text2TreeRun
+    folder: RunFolder
+    source: CodedTexts
+    data: Path
+    start: Text2Tree
+    best: "Best"
+    task: loop.Task
+    mesh: Mesh
+
+
 def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     """Trains or finishes one classifier in a run folder."""
-    if folder.results().get("finished"):
-        return
+    experiment.run(cfg, folder, prepare, finish)
+
+
+def run_together(cfgs: Sequence[Text2TreeRun], folders: Sequence[RunFolder]) -> list[Exception | None]:
+    """`run` of classifiers that differ in their seeds, trained in lockstep: see `experiment.run_together`."""
+    return experiment.run_together(cfgs, folders, prepare, finish)
+
+
+def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
+    """Everything before the training."""
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = read(cfg)
@@ -60,9 +83,19 @@ def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
     folder.save_npz("classes", **tree_arrays(source.tree), multi_label=source.multi_label)
     data = prepare_data(cfg, folder, source, reader, start)
-    model, best = train(cfg, folder, source, reader, data, mesh)
+    return plan_training(cfg, folder, source, reader, data, mesh)
+
+
+def finish(trial: Trial, trained: loop.Trained) -> None:
+    """Everything after it: the scores of the model that was best on the development part."""
+    cfg, folder = trial.cfg, trial.folder
+    best = max(trial.best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
+    folder.write_results(experiment.run_numbers(trained, trained.state["params"], trial.task.tokens, 0.0)
+                         | {"epochs": trained.step / cfg.loop.evaluate_every, "method": cfg.method.name})
+    model = restored(trial.start, folder.dir)
     if jax.process_index() == 0:
-        folder.write_results(numbers(cfg, folder, source, data, model) | {"chosen_step": best, "finished": True})
+        found = numbers(cfg, folder, trial.source, trial.data, model)
+        folder.write_results(found | {"chosen_step": best, "finished": True})
 
 
 def read(cfg: Text2TreeRun) -> CodedTexts:
@@ -165,9 +198,9 @@ def head(cfg: Text2TreeRun) -> str:
     return "hiagm" if cfg.method.name == "hiagm" else "linear"
 
 
-def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, data: Path, mesh: Any
-          ) -> tuple[Text2Tree, int]:
-    """(the model of the best macro-F1 on the development part, the step of it)."""
+def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, data: Path, mesh: Mesh
+                  ) -> Trial:
+    """The model, its step and its data; nothing is trained yet."""
     part = records.open_records(data, "train")
     labels = source.parts["train"].labels
     rows: Any = part
@@ -187,13 +220,8 @@ def train(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Read
     example = {name: jax.ShapeDtypeStruct((cfg.data.batch, *array.shape), array.dtype)
                for name, array in part[0].items()}
     best = Best(cfg, folder, plan, source, data, start)
-    tokens = example["mask"].size
-    task = loop.Task(plan, step, batches, example, tokens, 0.0, best.evaluate, best.over)
-    trained = experiment.train(cfg, folder, task, mesh)
-    step_of = max(best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
-    folder.write_results(experiment.run_numbers(trained, trained.state["params"], tokens, 0.0)
-                         | {"epochs": trained.step / epoch, "method": cfg.method.name})
-    return restored(start, folder.dir), step_of
+    task = loop.Task(plan, step, batches, example, example["mask"].size, 0.0, best.evaluate, best.over)
+    return Trial(cfg, folder, source, data, start, best, task, mesh)
 
 
 def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:

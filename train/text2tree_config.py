@@ -143,6 +143,7 @@ class Text2TreeRun:
     loop: LoopConfig = LoopConfig(steps=1, evaluate_every=1, save_every=100)  # steps: made of the epochs
     seed: int = 0
     entry: str = "train.text2tree:run"
+    together: str = "train.text2tree:run_together"
     report: str = "analysis.text2tree_report:build"
     sweep_report: str = "analysis.text2tree_compare:build"
     predict: str = "train.text2tree:predict"

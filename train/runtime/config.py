@@ -3,7 +3,8 @@
 An experiment is a module ``configs/<name>.py`` with
 
 * ``get_config()`` -> one frozen dataclass (nested if need be) with ``entry="module:function"`` and
-  ``report="module:function"``, and ``predict="module:function"`` if its runs predict (`train.predict`);
+  ``report="module:function"``, ``predict="module:function"`` if its runs predict (`train.predict`), and
+  ``together="module:function"`` if trials of a sweep may be trained together (`train.sweep`);
 * ``PRESETS``: ``{preset: {dotted key: value}}``;  ``NEEDS``: names of data and weights;
 * ``MINUTES``: ``{preset: minutes on two cores}``;  ``GRIDS``: ``{grid: {variant: {dotted key: value}}}`` for sweeps;
 * a docstring, whose first line `jaxmodels list` shows.
@@ -29,7 +30,8 @@ from typing import Any
 from jaxmodels.errors import UserError
 
 EXPERIMENTS = "configs"  # looked up by name when a user asks for one: nothing here depends on what it holds
-FIXED = ("entry", "report", "sweep_report", "predict", "plan")  # part of what an experiment is, not of how it is run
+# Part of what an experiment is, not of how it is run.
+FIXED = ("entry", "together", "report", "sweep_report", "predict", "plan")
 DEFAULT_PRESET = "default"
 
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Trained:
     goodput: dict[str, Any]
 
 
-class _Stop(Exception):
+class Stopped(Exception):
     """A signal, seen between two batches of an evaluation or while waiting for data."""
 
 
@@ -82,58 +82,78 @@ def train(run: RunFolder, cfg: LoopConfig, task: Task, mesh: Mesh) -> Trained:
     Raises Interrupted (75) after a signal, everything saved; NonFinite (65); files.CannotSave (74);
     NoValidCheckpoint (66); UserError (2) for a batch that does not divide or data that changed.
     """
-    return _Loop(run, cfg, task, mesh).run_to_end()
+    loop = Loop(run, cfg, task, mesh)
+    state = loop.restore()
+    with loop.goodput.spend("compile"):
+        compiled = loop.compile()
+    pmap = cfg.style == "pmap"
+    if pmap:
+        state = replicate(state, mesh)
+    loop.single = lambda: unreplicate(state) if pmap else state
+    with run.progress(cfg.steps, "training", loop.step) as advance, contextlib.closing(loop.steps()) as steps:
+        try:
+            batch = next(steps)
+            while True:
+                with loop.stepping():
+                    state, metrics = compiled(state, batch)
+                advance(1, loop.note)
+                batch = steps.send(metrics)
+        except StopIteration as end:
+            return end.value
 
 
-class _Loop:
+class Loop:
+    """One run. `single` gives its state, of its own and on the mesh; who drives `steps` sets it."""
+
+    single: Callable[[], State]
+
     def __init__(self, run: RunFolder, cfg: LoopConfig, task: Task, mesh: Mesh):
         self.run, self.cfg, self.task, self.mesh = run, cfg, task, mesh
         self.goodput = Goodput(run.path("goodput.json") if jax.process_index() == 0 else None)
         self.checkpoints = Checkpoints(
             run.path("checkpoints"), every=cfg.save_every, keep=cfg.keep, keep_every=cfg.keep_every,
             local=Path(cfg.local_dir) if cfg.local_dir else None, local_every=cfg.local_every, verify=cfg.verify)
-        self.flying: collections.deque[tuple[int, Any]] = collections.deque()  # (step, metrics on the device)
+        self.flying: collections.deque[tuple[int, int, Any]] = collections.deque()  # step, together, metrics on device
+        self.step = 0
         self.held: dict[str, Any] | None = None  # metrics of a finished step that wait for its evaluation
         self.step_seconds: list[float] = []
+        self.note = ""  # on the last step that has landed, for a progress bar
+        self.together = 1  # runs that take the next step, see `train.runtime.together`
         self._profiling = False
+        self._saves = stop.saves
         self.clock: float | None = None  # when the last step was seen to be finished
         self.wandb = _start_wandb(run) if cfg.wandb and jax.process_index() == 0 else None
 
-    def run_to_end(self) -> Trained:
-        cfg, good = self.cfg, self.goodput
-        check_batch(self.task.batches.global_batch, cfg.accumulate, self.mesh)
-        with good.spend("restore"):
-            self._restore()
-        with good.spend("compile"):
-            compiled = self._compile()
-        if cfg.style == "pmap":
-            self.state = replicate(self.state, self.mesh)
+    def steps(self) -> Generator[Any, Any, Trained]:
+        """Yields what each step reads; is sent that step's metrics, which need not have arrived. Call `restore` before.
+
+        A Stopped that is thrown in ends it as a signal does.
+        """
+        good = self.goodput
         prefetch = _Prefetch(self.task.batches, self._put)
         first = self.step
         try:
-            with self.run.progress(cfg.steps, "training", self.step) as advance:
-                if self.held is not None:  # the evaluation of the restored step is still due
+            if self.held is not None:  # the evaluation of the restored step is still due
+                self._evaluate()
+            while not self._over():
+                if stop.at_step(self.step):
+                    raise Stopped
+                with good.spend("data"):
+                    batch = prefetch.next()
+                self._trace_profile()
+                metrics = yield batch
+                self.step += 1
+                self.flying.append((self.step, self.together, metrics))
+                with good.step(self.step):
+                    self.note = self._land(AHEAD, first)
+                if self._evaluates(self.step):
+                    self._settle(first)
                     self._evaluate()
-                while not self._over():
-                    if stop.at_step(self.step):
-                        raise _Stop
-                    with good.spend("data"):
-                        batch = prefetch.next()
-                    with good.step(self.step + 1), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                        self._trace_profile()
-                        self.state, metrics = compiled(self.state, batch)
-                        self.step += 1
-                        self.flying.append((self.step, metrics))
-                        note = self._land(AHEAD, first)
-                    advance(1, note)
-                    if self._evaluates(self.step):
-                        self._settle(first)
-                        self._evaluate()
-                    if self.checkpoints.due(self.step) or self._over() or stop.save_requested:
-                        stop.save_requested = False
-                        self._settle(first)
-                        self._save()
-        except _Stop:
+                if self.checkpoints.due(self.step) or self._over() or stop.saves > self._saves:
+                    self._saves = stop.saves
+                    self._settle(first)
+                    self._save()
+        except Stopped:
             self._settle(first)
             self._save(wait=True)
             self._finish()
@@ -145,7 +165,13 @@ class _Loop:
         with good.spend("save"):
             self.checkpoints.wait()
         self._finish()
-        return Trained(self._single(), self.step, self.step_seconds, good.summary())
+        return Trained(self.single(), self.step, self.step_seconds, good.summary())
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around the next step."""
+        with self.goodput.step(self.step + 1), jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+            yield
 
     # Beginning and end
 
@@ -153,16 +179,20 @@ class _Loop:
         """Whether the last step is taken."""
         return self.step >= self.cfg.steps or (self.task.over is not None and self.task.over(self.step))
 
-    def _restore(self) -> None:
+    def restore(self) -> State:
         """The state to begin with: the newest valid checkpoint, or a fresh one."""
+        check_batch(self.task.batches.global_batch, self.cfg.accumulate, self.mesh)
+        with self.goodput.spend("restore"):
+            return self._restore()
+
+    def _restore(self) -> State:
         task = self.task
         restored = self.checkpoints.restore(task.blueprint.abstract)
-        self.step = 0
         if restored is None:
             with self.goodput.spend("init"):
-                self.state = jax.block_until_ready(task.blueprint.init())
+                state = jax.block_until_ready(task.blueprint.init())
         else:
-            self.state, self.step, about = restored.state, restored.step, restored.metadata
+            state, self.step, about = restored.state, restored.step, restored.metadata
             if self.step > self.cfg.steps:
                 raise UserError(f"the checkpoint is at step {self.step}, loop.steps={self.cfg.steps} is before it; "
                                 "raise loop.steps or choose another --out")
@@ -171,8 +201,9 @@ class _Loop:
             self.held = about.get("held")
         self.run.truncate_metrics(self.step if self.held is None else self.step - 1)
         self.begin = self.step, task.batches.state()["next_batch"]
+        return state
 
-    def _compile(self) -> Callable:
+    def compile(self) -> Callable:
         """The step, compiled for the one shape there is, so that its memory is known before the first batch."""
         task, cfg = self.task, self.cfg
         step = make_step(task.step, task.blueprint, self.mesh, cfg.style)
@@ -180,11 +211,7 @@ class _Loop:
             return step
         batch = abstract_batch(task.example, self.mesh, cfg.accumulate)
         compiled = step.lower(task.blueprint.abstract, batch).compile()
-        memory = compiled.memory_analysis()
-        if memory is not None and jax.process_index() == 0:
-            mib = 2 ** -20
-            print(f"memory of a step, per device: state and batch {memory.argument_size_in_bytes * mib:.0f} MiB, "
-                  f"temporary {memory.temp_size_in_bytes * mib:.0f} MiB", file=sys.stderr)
+        tell_memory(compiled, "a step")
         return compiled
 
     def _finish(self) -> None:
@@ -207,7 +234,7 @@ class _Loop:
         """Waits until at most `keep` steps are in flight and logs those that have landed; returns a progress note."""
         note = ""
         while len(self.flying) > keep:
-            step, metrics = self.flying.popleft()
+            step, together, metrics = self.flying.popleft()
             values = jax.device_get(metrics)
             now = time.monotonic()
             seconds = None if self.clock is None else now - self.clock
@@ -222,6 +249,8 @@ class _Loop:
                 line |= {"step_seconds": seconds, "tokens_per_second": self.task.tokens / seconds}
                 share = mfu(self.task.flops, seconds, self.mesh.devices.size, self.mesh.devices.flat[0])
                 line |= {"mfu": share} if share is not None else {}
+            if together > 1:
+                line["together"] = together
             if self.cfg.log_ids:
                 line["ids"] = self._ids(step).tolist()
             if self.checkpoints.failures:
@@ -279,10 +308,10 @@ class _Loop:
     def _evaluate(self) -> None:
         def check() -> None:
             if stop.requested and not stop.distributed:
-                raise _Stop  # what was evaluated so far is dropped; the step's line waits in `held`
+                raise Stopped  # what was evaluated so far is dropped; the step's line waits in `held`
 
         with self.goodput.spend("evaluation"):
-            found = self.task.evaluate(self._single(), check)
+            found = self.task.evaluate(self.single(), check)
         self._log({**self.held, **found})
         self.clock = None
 
@@ -291,15 +320,12 @@ class _Loop:
         batches = self.task.batches
         examples = batches.examples_before(self._batch_of(self.step) + 1)  # not what the prefetcher has read
         with self.goodput.spend("save"):
-            self.checkpoints.save(self.step, self._single(), {
+            self.checkpoints.save(self.step, self.single(), {
                 "data": batches.fingerprint(), "examples_seen": examples, "held": self.held,
                 "config": self.run.config, "mesh": dict(self.mesh.shape), "processes": jax.process_count(),
             }, wait=wait)
         self.goodput.write()
         self.clock = None
-
-    def _single(self) -> State:
-        return unreplicate(self.state) if self.cfg.style == "pmap" else self.state
 
     def _trace_profile(self) -> None:
         if self.cfg.profile is None:
@@ -313,7 +339,7 @@ class _Loop:
 
     def _stop_profile(self) -> None:
         if self._profiling:
-            jax.block_until_ready(self.state)
+            jax.block_until_ready(self.single())
             jax.profiler.stop_trace()
             self._profiling = False
 
@@ -329,14 +355,14 @@ class _Prefetch:
         threading.Thread(target=self._work, name="data", daemon=True).start()
 
     def next(self) -> Any:
-        """The next batch. Raises _Stop if a signal comes while it is not there."""
+        """The next batch. Raises Stopped if a signal comes while it is not there."""
         while True:
             try:
                 batch, error = self._ready.get(timeout=0.1)
                 break
             except queue.Empty:
                 if stop.requested and not stop.distributed:
-                    raise _Stop from None
+                    raise Stopped from None
         if error is not None:
             raise error
         return batch
@@ -355,6 +381,13 @@ class _Prefetch:
             self._ready.put(item)
             if item[1] is not None:
                 return
+
+
+def tell_memory(compiled: Any, what: str) -> None:
+    memory, mib = compiled.memory_analysis(), 2 ** -20
+    if memory is not None and jax.process_index() == 0:
+        print(f"memory of {what}, per device: state and batch {memory.argument_size_in_bytes * mib:.0f} MiB, "
+              f"temporary {memory.temp_size_in_bytes * mib:.0f} MiB", file=sys.stderr)
 
 
 def step_time(seconds: list[float]) -> dict[str, float]:

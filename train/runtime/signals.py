@@ -23,7 +23,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested: str | None = None  # name of the signal
-        self.save_requested = False  # read and cleared by the training loop
+        self.saves = 0  # how often a signal has asked to save: every loop remembers up to which it has done so
         self.distributed = False
 
     def check(self) -> None:
@@ -56,10 +56,10 @@ class StopFlag:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.requested, self.save_requested, self.distributed = None, False, False
+            self.requested, self.distributed = None, False
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
-        self.save_requested = True
+        self.saves += 1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
