@@ -155,7 +155,7 @@ def _open_run(name: str, config: dict, out: str | None, **about):
     follower = several and distributed.process_index() != 0
     folder = RunFolder.open(name, config, out, follower=follower, **about)
     tell = functools.partial(print, file=sys.stderr) if not follower else lambda *_: None
-    with stop.listening(several), folder as run:
+    with stop.listening(several, ends=True), folder as run:
         tell(f"{name}: {'resuming' if run.resumed else 'running'} in {run.dir}")
         yield run
         tell(f"{name}: done in {clock(time.monotonic() - start)}")

@@ -269,6 +269,20 @@ def test_the_flag_is_the_process_and_goes_with_the_block(tmp_path):
     assert not run.stop_requested and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_second_sigterm_on_the_way_out_changes_nothing():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with stop.listening(ends=True):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is before  # nobody asked it to stop
+        with stop.listening(ends=True):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+        assert stop.requested is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_stages_hold_the_same_files(tmp_path):
     with RunFolder(tmp_path / "r", CONFIG) as run:
         with run.stage("pretrain", {"steps": 2}) as stage:

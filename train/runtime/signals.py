@@ -41,8 +41,12 @@ class StopFlag:
         return self.requested is not None
 
     @contextlib.contextmanager
-    def listening(self, distributed: bool = False) -> Iterator["StopFlag"]:
-        """Handles the signals inside the block, as before it after. In another thread it only yields."""
+    def listening(self, distributed: bool = False, ends: bool = False) -> Iterator["StopFlag"]:
+        """Handles the signals inside the block, as before it after. In another thread it only yields.
+
+        ends: the process has nothing to do after the block; if it was asked to stop, a second SIGTERM on its way out
+        must not change its exit code.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -55,7 +59,8 @@ class StopFlag:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if not (ends and self.requested and number == signal.SIGTERM):
+                    signal.signal(number, handler)
             self.requested, self.distributed = None, False
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
