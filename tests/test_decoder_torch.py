@@ -151,16 +151,17 @@ def test_real_weights_on_five_languages(smollm):
 
 
 @pytest.mark.long
-def test_real_greedy_continuations(smollm):
-    """64 tokens on 10 prompts of different lengths, ours in one left-padded batch, theirs one by one."""
+@pytest.mark.parametrize("count, new", [(3, 16), pytest.param(10, 64, marks=pytest.mark.soak)])
+def test_real_greedy_continuations(smollm, count, new):
+    """`new` tokens on prompts of different lengths, ours in one left-padded batch, theirs one by one."""
     import torch
 
     model, theirs, tokenizer = smollm
-    prompts = tokenizer.encode_batch(PROMPTS)
-    assert len(set(map(len, prompts))) > 2
-    ours = generate(model, prompts, 64, stop_ids=())
-    for text, prompt, row in zip(PROMPTS, prompts, ours, strict=True):
+    prompts = tokenizer.encode_batch(PROMPTS[:count])
+    assert len(set(map(len, prompts))) > 1
+    ours = generate(model, prompts, new, stop_ids=())
+    for text, prompt, row in zip(PROMPTS, prompts, ours, strict=False):
         with torch.no_grad():
-            out = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False,
+            out = theirs.generate(torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                                   attention_mask=torch.ones(1, len(prompt), dtype=torch.long), eos_token_id=None)
         assert row == out[0, len(prompt):].tolist(), text

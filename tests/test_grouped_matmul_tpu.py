@@ -148,6 +148,7 @@ def test_group_patterns_in_one_compilation(plain, transpose_w, config):
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_every_pattern_of_empty_groups_without_races(races):
     rng = np.random.default_rng(2)
     x, w, dy = draw(rng, 80, 200, 40, 8)
@@ -447,7 +448,8 @@ def test_default_tiles_and_their_vmem():
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                     reason="libtpu is not installed; pip install 'jaxmodels[tpu]'")  # fmt: skip
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", [pytest.param("v5e", marks=pytest.mark.soak),
+                                        pytest.param("v5p", marks=pytest.mark.soak), "v6e"])
 def test_compiles_for_real_chips(generation, tmp_path):
     """A few of the programs of benchmarks/tpu_compile.py, in a process of its own: libtpu takes its flags once."""
     out = tmp_path / "found.json"

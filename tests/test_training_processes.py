@@ -201,7 +201,8 @@ def test_two_processes_agree_with_one(cache, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mesh", [("mesh.data=4",), ("mesh.data=1", "mesh.fsdp=2", "mesh.expert=2")])
+@pytest.mark.parametrize("mesh", [pytest.param(("mesh.data=4",), marks=pytest.mark.soak),
+                                  ("mesh.data=1", "mesh.fsdp=2", "mesh.expert=2")])
 def test_four_processes_agree_with_one(mesh, cache, tmp_path):
     """The same over four processes, with a mixture of experts that travels between them."""
     for process in begin_several(4, tmp_path / "four", cache, *mesh, "family=moe", "loop.steps=4"):
