@@ -138,7 +138,11 @@ def test_a_signal_reaches_all_of_a_group(tmp_path, monkeypatch):
         log(config, folder)
 
     monkeypatch.setattr(tiny_experiment, "run", signalled)
-    assert cli.main(words) == 75
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(words) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)  # a command that was stopped keeps it from its process, which ends
     folders = [tmp_path / "s" / "inner.size=2" / f"seed-{seed}" for seed in range(3)]
     assert [results(folder)["status"] for folder in folders] == ["complete", "interrupted", "interrupted"]
     monkeypatch.setattr(tiny_experiment, "run", log)
