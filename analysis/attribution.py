@@ -83,7 +83,10 @@ def nodes(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_probability(labels: Int[Any, "B"]) -> Partial:
-    """Softmax probability of each example's class, from logits [B, C]: the F of Dai et al. NaN where there is none."""
+    """Softmax probability of each example's class, from logits [B, C]: the F of Dai et al. NaN where there is none.
+
+    Raises UserError, when used, for another number of labels than examples.
+    """
     return Partial(_picked_class, jnp.asarray(labels))
 
 
@@ -92,16 +95,21 @@ def class_logit(labels: Int[Any, "B"]) -> Partial:
 
 
 def token_probability(positions: Int[Any, "B"], tokens: Int[Any, "B"]) -> Partial:
-    """Softmax probability of a token at a position of each example, from logits [B, T, V]."""
+    """Softmax probability of a token at a position of each example, from logits [B, T, V]; what stands there is not
+    looked at, padding included."""
     return Partial(_picked_token, jnp.asarray(positions), jnp.asarray(tokens))
 
 
 def _picked_class(labels, logits, probability=True):
+    if len(labels) != len(logits):  # take_along_axis would give one label to all
+        raise UserError(f"{len(labels)} labels for {len(logits)} examples; give one for each")
     value = jax.nn.softmax(logits) if probability else logits
     return jnp.take_along_axis(value, jnp.where(labels < 0, logits.shape[-1], labels)[:, None], -1, mode="fill")[:, 0]
 
 
 def _picked_token(positions, tokens, logits):
+    if len(positions) != len(logits):
+        raise UserError(f"{len(positions)} positions for {len(logits)} examples; give one for each")
     row = jnp.where((positions < 0) | (positions >= logits.shape[1]), -1, positions)
     chosen = jnp.take_along_axis(logits, jnp.maximum(row, 0)[:, None, None], 1)[:, 0]
     return jnp.where(row < 0, jnp.nan, _picked_class(tokens, chosen))
@@ -119,7 +127,7 @@ def integrated_gradients(
     steps: int = 20,
     rule: str = "gauss",
     mode: Literal["site", "gate", "conductance"] = "site",
-    baseline: Literal["zero"] | Mapping[str, Any] = "zero",
+    baseline: Literal["zero", "mask", "pad"] | Mapping[str, Any] = "zero",
     tokens: Literal["each", "sum"] = "each",
     counted: Any = None,
     options: Mapping[str, Any] | None = None,
@@ -137,12 +145,14 @@ def integrated_gradients(
       target: output -> a number for each example [B], or one for all. Made once, not in every call, or it compiles
         again; what differs between calls goes through ``jax.tree_util.Partial``, as `class_probability` does.
       steps, rule: see `nodes`. Doubled, up to max_steps, where the error is more than ``tolerance`` of the change.
-      baseline: ``zero``, or {point: array} that broadcasts to [L, B, T, *site]: a mean, or what `record` gives for
-        masked inputs. For `conductance`, {"embedding": ...}.
+      baseline: ``zero``; ``mask`` and ``pad``, the activations of the same inputs with every token but the special
+        ones masked, or padding; or {point: array} that broadcasts to [L, B, T, *site]: a mean, or what `record` gives
+        for other inputs. For `conductance`, {"embedding": ...}.
       tokens: ``each``, or ``sum`` over the ``counted`` tokens (bool[B, T]; default all that are not padding), which is
         done inside: [L, B, T, *site] then never exists in `gate`. The error counts all tokens.
       chunk: nodes at once; default: by the device's free memory, 3 on CPU.
-      force: also for a model that computes in less than float32, whose small gradients completeness needs.
+      force: also for a model that computes in less than float32, whose small gradients completeness needs; and with
+        the products of float32 as the device takes them by default (TF32 or bfloat16 passes, on many).
 
     Raises UserError for points the model lacks, numbers that are not finite (also a target that does not exist), and
     models of less than float32.
@@ -153,12 +163,14 @@ def integrated_gradients(
         raise UserError(f"tokens {tokens!r} is not each or sum")
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk {chunk} must be at least 1 node")
-    if isinstance(baseline, str) and baseline != "zero":
-        raise UserError(f"baseline {baseline!r} is not zero; give others as {{point: array}}, see `record`")
+    if isinstance(baseline, str) and baseline not in ("zero", "mask", "pad"):
+        raise UserError(f"baseline {baseline!r} is not zero, mask or pad; give others as {{point: array}}, see "
+                        "`record`")
     points = (point,) if isinstance(point, str) else tuple(point)
     rounds = _rounds(rule, steps, max_steps)
-    run = _Run(model, inputs, points, target, tokens, counted, dict(options or {}), baseline, force, mode)
-    found = {"site": _sites, "gate": _gates, "conductance": _conductances}[mode](run, rounds, tolerance, chunk)
+    with jax.default_matmul_precision(None if force else "highest"):
+        run = _Run(model, inputs, points, target, tokens, counted, dict(options or {}), baseline, force, mode)
+        found = {"site": _sites, "gate": _gates, "conductance": _conductances}[mode](run, rounds, tolerance, chunk)
     if isinstance(point, str):
         return Attribution(*(a[point] if isinstance(a, dict) else a for a in found))
     return found
@@ -166,7 +178,7 @@ def integrated_gradients(
 
 def record(model: nnx.Module, inputs: Any, points: Sequence[str], options: Mapping[str, Any] | None = None
            ) -> dict[str, Array]:
-    """The activations [L, B, T, *site] of some inputs, for use as a baseline (of masked proteins, say)."""
+    """The activations [L, B, T, *site] of some inputs, for use as a baseline."""
     graphdef, state = nnx.split(model)
     return _record((graphdef, _static(options)), state, _named(inputs), None, tuple(points))[1]
 
@@ -184,7 +196,7 @@ class _Run:
         wanted = [*points, *(["residual"] if self.suffix else []), *(["embedding"] if mode == "conductance" else [])]
         self.end, self.aux = _record(self.program, self.state, self.inputs, self.target, tuple(dict.fromkeys(wanted)))
         self._check_finite()
-        self.base = self._baselines(baseline, ("embedding",) if mode == "conductance" else points)
+        self.base = self._baselines(model, baseline, ("embedding",) if mode == "conductance" else points)
         self.counted = None if counted is None or tokens == "each" else jnp.asarray(counted, bool)
 
     def activation(self, point):
@@ -200,15 +212,20 @@ class _Run:
                 raise UserError(f"activations at {point}, layer {int(np.argmin(good))}, are not finite; attribution of "
                                 "them would mean nothing")
 
-    def _baselines(self, baseline, points):
-        if isinstance(baseline, str):
+    def _baselines(self, model, baseline, points):
+        if baseline == "zero":
             return {point: jnp.zeros((1,) * self.activation(point).ndim) for point in points}
+        if isinstance(baseline, str):
+            inputs = self.inputs | _emptied(model, self.inputs, baseline)
+            baseline = _record(self.program, self.state, inputs, None, points)[1]
         if missing := [point for point in points if point not in baseline]:
             raise UserError(f"the baseline has no {missing[0]!r}; it has {', '.join(baseline) or 'nothing'}")
         out = {}
         for point in points:
             shape = self.activation(point).shape
             out[point] = jnp.asarray(baseline[point], jnp.float32)
+            if not bool(jnp.isfinite(out[point]).all()):
+                raise UserError(f"the baseline of {point} is not finite; attribution from there would mean nothing")
             if point == "embedding":
                 out[point] = jnp.broadcast_to(out[point], shape[1:])[None]
             try:
@@ -253,6 +270,8 @@ def _conductances(run: _Run, rounds, tolerance, chunk) -> Attribution:
     # No doubling: what a point misses of the whole change is mostly not the rule's fault.
     values, totals, start = compute(rounds[0])
     errors = {p: jnp.abs(total - (run.end - start)) for p, total in totals.items()}
+    if not all(bool(jnp.isfinite(error).all()) for error in errors.values()):
+        raise UserError("the target or its gradients are not finite on the way from the baseline; take another one")
     return Attribution(values, errors, jnp.full(start.shape, len(rounds[0][0])), run.end, start)
 
 
@@ -279,6 +298,8 @@ def _doubled(compute, rounds, tolerance, end):
     """(values, error, steps, end, start), of every example the most complete round, up to one complete enough."""
     values, total, start = compute(rounds[0])
     error, steps = jnp.abs(total - (end - start)), jnp.full(end.shape, len(rounds[0][0]))
+    if not bool(jnp.isfinite(error).all()):
+        raise UserError("the target or its gradients are not finite on the way from the baseline; take another one")
     for more in rounds[1:]:
         # Of a change that is nothing beside the target itself, a share says nothing.
         poor = error > tolerance * jnp.maximum(jnp.abs(end - start), 1e-3 * jnp.abs(end))
@@ -476,13 +497,28 @@ def _named(inputs):
     return dict(inputs) if isinstance(inputs, Mapping) else {"tokens": jnp.asarray(inputs)}
 
 
+def _emptied(model, inputs, kind):
+    """The inputs that say nothing: every token but the special ones is the mask token, or padding that still counts."""
+    ids = {name: getattr(model.cfg, f"{name}_id", None) for name in ("cls", "eos", "sep", "pad", "mask")}
+    if ids[kind] is None or "tokens" not in inputs:
+        raise UserError(f"baseline {kind!r} needs a model with a {kind} token, and tokens as its input; give the "
+                        "baseline as {point: array}")
+    tokens = jnp.asarray(inputs["tokens"])
+    special = jnp.isin(tokens, jnp.array([i for i in (ids["cls"], ids["eos"], ids["sep"], ids["pad"])
+                                          if i is not None]))
+    there = inputs["mask"] if inputs.get("mask") is not None else tokens != ids["pad"]
+    return {"tokens": jnp.where(special, tokens, ids[kind])} | ({"mask": there} if kind == "pad" else {})
+
+
 def _static(options):
     return tuple(sorted((options or {}).items()))
 
 
 def _check_precision(model, state, force):
     kinds = {jnp.dtype(a.dtype).name for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)}
-    kinds.add(jnp.dtype(getattr(getattr(model, "cfg", None), "dtype", "float32")).name)
+    # A part may compute in another type than its weights have, whatever the whole's config says.
+    kinds |= {jnp.dtype(getattr(getattr(part, "cfg", None), "dtype", "float32")).name
+              for _, part in nnx.iter_modules(model)}
     if (low := sorted(kinds & {"bfloat16", "float16"})) and not force:
         raise UserError(f"the model computes in {low[0]}, which loses the small gradients that completeness needs; "
                         "load it with dtype='float32', or pass force=True")

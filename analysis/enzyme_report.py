@@ -10,6 +10,7 @@ from train.enzyme_floors import NAMES
 
 METHODS = {"model": "encoder", "majority": "commonest class", "logistic": "composition, logistic regression",
            "neighbour": "most similar known sequence"}
+LEVELS = ("level_4", "level_3", "level_2", "level_1")
 EC = ("oxidoreductases", "transferases", "hydrolases", "lyases", "isomerases", "ligases", "translocases")
 
 
@@ -23,14 +24,21 @@ def build(run_dir: str | Path) -> Path:
         start = results.get("pretrained", "none")
         report.section("The encoder beside its floors", f"Pre-trained: {start}. Macro-F1, not accuracy, is the number "
                        "to watch: the classes are of very unequal size. Intervals: 95 %, bootstrap over proteins.")
-        report.text(verdict(rows))
+        differences = difference_rows(results)
+        if differences:
+            report.text(verdict(rows, results))
         score_table(report, rows, "Every set and method.", "scores")
+        if differences:
+            report.table(differences, {"setting": "setting", "set": "set", "floor": "floor",
+                                       "difference": "encoder less floor", "interval": "95 %"},
+                         "Macro-F1 less that of each floor, the same proteins drawn for both.", "differences")
         _figure(report, rows)
         report.section("Recall by class", "On the test part.")
         recalls = recall_rows(results)
         report.table(recalls, {"setting": "setting", "ec": "EC", "name": "class",
                                **{m: METHODS[m] for m in METHODS}, "interval": "95 % (encoder)"},
                      "Share of each class that is found.", "recall")
+    _whole_numbers(report, transfer_rows(results))
     if lines:
         report.section("Training", f"{len(lines)} steps; the model of step {results.get('chosen_step', '?')} was kept, "
                        "by macro-F1 on the validation part.")
@@ -69,15 +77,56 @@ def score_table(report: Report, rows: list[dict[str, Any]], caption: str, name: 
                         "accuracy_interval": "95 % (accuracy)"}, caption, name)
 
 
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """Whether the encoder beats every floor by macro-F1, set by set, in words."""
-    won, lost = [], []
+def verdict(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    """Where the encoder's macro-F1 beats every floor, where it is below one, and where that cannot be told: by the
+    differences, the same proteins drawn for both."""
+    told: dict[str, list[str]] = {"above every floor": [], "below a floor": [], "not to be told from a floor": []}
     for setting, name in dict.fromkeys((row["setting"], row["set"]) for row in rows):
-        scores = {row["kind"]: row["macro_f1"] for row in rows if (row["setting"], row["set"]) == (setting, name)}
-        above = all(scores["model"] > scores[floor] for floor in NAMES if floor in scores)
-        (won if above else lost).append(f"{name} ({setting})")
-    told = f"The encoder's macro-F1 is above every floor on: {', '.join(won) or 'no set'}."
-    return f"{told} It is not on: {', '.join(lost)}." if lost else told
+        ends = [[results[f"{at}_low"], results[f"{at}_high"]] for floor in NAMES
+                if f"{(at := f'{setting}.{name}.model_less_{floor}.macro_f1')}_low" in results]
+        if ends:
+            where = ("above every floor" if all(low > 0 for low, _ in ends) else
+                     "below a floor" if any(high < 0 for _, high in ends) else "not to be told from a floor")
+            told[where].append(f"{name} ({setting})")
+    return "The encoder's macro-F1, by 95 % intervals of the differences: " + "; ".join(
+        f"**{where}** on {', '.join(sets)}" for where, sets in told.items() if sets) + "."
+
+
+def difference_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The encoder's macro-F1 less that of each floor, of every setting and set."""
+    rows = []
+    for key, value in results.items():
+        at, _, last = key.rpartition(".")
+        setting, _, rest = at.partition(".")
+        name, _, floor = rest.rpartition(".model_less_")
+        if name and last == "macro_f1":
+            rows.append({"setting": setting, "set": name, "floor": METHODS[floor], "difference": value,
+                         "interval": f"{results[key + '_low']:+.3f} to {results[key + '_high']:+.3f}"})
+    return rows
+
+
+def transfer_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whole EC numbers from the nearest known protein: a row for each setting, set and likeness (`enzyme_transfer`)."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for key, value in results.items():
+        match key.split("."):
+            case [setting, name, ("neighbour" | "embedding") as kind, metric]:
+                row = rows.setdefault((setting, name, kind), {"setting": setting, "set": name, "nearest by":
+                                                              "words" if kind == "neighbour" else "encoder"})
+                row[metric] = value
+    return list(rows.values())
+
+
+def _whole_numbers(report: Report, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    report.section("Whole EC numbers", "Those of the known protein that is most alike, by four-letter words in common "
+                   "or by the encoder's mean hidden state. No intervals.")
+    for metrics, caption, name in ((LEVELS, "CARE: the share of proteins whose number agrees that far.", "care"),
+                                   (("fmax", "aupr"), "DeepFRI's chains, all of them and by their identity to its "
+                                    "training part: protein-centric Fmax, macro AUPR.", "terms")):
+        if mine := [row for row in rows if metrics[0] in row]:
+            report.table(mine, ("setting", "set", "nearest by", *metrics), caption, name)
 
 
 def recall_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ from analysis.attribution import (
     token_probability,
 )
 from jaxmodels import Decoder, DecoderConfig, UserError
+from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
+from jaxmodels.cnn_cnn_lstm.network import END, START, CnnCnnLstm, is_word
 from jaxmodels.esm.config import EsmConfig
 from jaxmodels.esm.model import Esm
 
@@ -198,7 +200,8 @@ def test_memory_does_not_grow_with_the_number_of_nodes():
     sizes = [attribution._gate.lower((graphdef, (("output", "class"),)), POINTS, "each", state, {"tokens": tokens},
                                      class_logit([0]), aux, base, None, *attribution._chunks(nodes("gauss", steps), 2)
                                      ).compile().memory_analysis().temp_size_in_bytes for steps in (4, 64)]
-    assert sizes[0] == sizes[1]
+    one = sum(a.nbytes for a in aux.values())
+    assert sizes[0] == sizes[1] < 100 * one  # the program has room for 256 chunks: none keeps its gradients
 
 
 @pytest.mark.long
@@ -227,6 +230,40 @@ def test_the_decoder_and_layers_of_unequal_width():
             for error in jax.tree.leaves(found.error):
                 assert (np.asarray(error) < 1e-6).all()
         assert not np.asarray(found.values["ffn.hidden"])[1, ..., widths[1]:].any()
+
+
+@pytest.mark.long
+def test_the_tagger():
+    model = CnnCnnLstm(CnnCnnLstmConfig.tiny(), rngs=nnx.Rngs(0))
+    words = jnp.array([[START, 7, 8, 9, END, 0], [START, 8, 6, END, 0, 0]], jnp.int32)
+    inputs = {"words": words, "chars": jnp.where(is_word(words)[..., None], jnp.arange(4, 8), 0),
+              "tags": jnp.array([[0, 1, 2, 0, 0, 0], [0, 3, 0, 0, 0, 0]], jnp.int32)}
+    for mode in ("site", "gate"):
+        found = integrated_gradients(model, inputs, point=("word.conv", "char.conv", "decoder.state"),
+                                     target=token_probability([2, 1], [2, 3]), mode=mode, steps=32)
+        for error in jax.tree.leaves(found.error):
+            assert (np.asarray(error) < 1e-5).all()
+        assert np.abs(found.values["word.conv"]).max() > 1e-4
+
+
+@pytest.mark.long
+def test_baselines_of_inputs_that_say_nothing():
+    model, tokens = tiny(), proteins(7, 5)
+    special = (tokens < 3)
+    call = lambda baseline: integrated_gradients(  # noqa: E731
+        model, tokens, point=("ffn.hidden",), target=class_probability([0, 3]), options=CLASS, steps=8, mode="gate",
+        baseline=baseline)
+    masked = record(model, jnp.where(special, tokens, 32), ("ffn.hidden",))
+    for a, b in zip(*map(jax.tree.leaves, (call("mask"), call(masked))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    padded = record(model, {"tokens": jnp.where(special, tokens, 1), "mask": tokens != 1}, ("ffn.hidden",))
+    for a, b in zip(*map(jax.tree.leaves, (call("pad"), call(padded))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert np.abs(call("pad").start - call("mask").start).max() > 1e-5
+    decoder = Decoder(DecoderConfig.tiny(), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="mask token"):
+        integrated_gradients(decoder, tokens, point="ffn.hidden", target=token_probability([5, 5], [7, 8]),
+                             baseline="mask")
 
 
 @pytest.mark.long
@@ -264,12 +301,23 @@ def test_bad_input():
                        ({"target": class_logit([-1])}, "not finite"), ({"mode": "both"}, "site, gate"),
                        ({"rule": "simpson"}, "gauss"), ({"steps": 0}, "at least 1"), ({"chunk": 0}, "at least 1"),
                        ({"baseline": "mean"}, "not zero"), ({"baseline": {}}, "no 'ffn.hidden'"),
+                       ({"baseline": {"ffn.hidden": np.full(48, np.nan)}}, "baseline of ffn.hidden is not finite"),
+                       ({"target": class_logit([0, 1])}, "2 labels for 1 examples"),
                        ({"tokens": "all"}, "sum"), ({"baseline": {"ffn.hidden": np.zeros(7)}}, "must broadcast")):
         with pytest.raises(UserError, match=told):
             call(**more)
     with pytest.raises(UserError, match="computes in bfloat16"):
         call(tiny(dtype="bfloat16"))
+    inner = tiny()
+    inner.part = tiny(dtype="bfloat16")  # an encoder inside a model whose own config says nothing of it
+    with pytest.raises(UserError, match="computes in bfloat16"):
+        call(inner)
     assert np.isfinite(call(tiny(dtype="bfloat16"), force=True).values).all()
+    plain = call()
+    side = jnp.sign(plain.end[0] - plain.start[0, 0])  # the square root of a number that is negative at the start
+    root = Partial(lambda end, side, logits: jnp.sqrt(1e-6 + side * (logits[:, 0] - end)), plain.end[0], side)
+    with pytest.raises(UserError, match="not finite on the way from the baseline"):
+        call(target=root)
     broken = tiny()
     state = nnx.to_pure_dict(nnx.state(broken))
     state["groups"][0]["ffn"]["up"] = state["groups"][0]["ffn"]["up"].at[1].set(jnp.nan)

@@ -88,6 +88,11 @@ def test_scores_are_those_of_scikit_learn():
 def test_the_bootstrap_is_that_of_resampling():
     r = np.random.default_rng(0)
     truth, predicted = r.integers(0, 3, 300), r.integers(0, 3, 300)
+    other = np.where(np.arange(len(truth)) % 3 == 0, truth, predicted)
+    f1 = [float(metrics.class_scores(metrics.confusion(truth, one, 4))["macro_f1"]) for one in (other, predicted)]
+    value, low, high = metrics.macro_f1_difference(truth, other, predicted, 4, 500)
+    assert value == pytest.approx(f1[0] - f1[1]) and 0 < low < value < high
+    assert metrics.macro_f1_difference(truth, other, other, 4, 100) == (0, 0, 0)
     found = metrics.bootstrap(metrics.confusion(truth, predicted, 4), 4000)
     plain = []
     for _ in range(2000):
@@ -306,6 +311,9 @@ def test_fine_tuning_tells_the_model_beside_every_floor(tuned):
 
     page = build(out).read_text()
     assert "composition, logistic regression" in page and "encoder beside its floors" in page
+    assert "by 95 % intervals of the differences" in page
+    less = results["strict.test.model_less_majority.macro_f1"]
+    assert less == pytest.approx(results["strict.test.model.macro_f1"] - results["strict.test.majority.macro_f1"])
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 import jaxmodels
 from jaxmodels.errors import UserError
-from jaxmodels.esm.alphabet import PAD, encode
+from jaxmodels.esm.alphabet import PAD, TOKENS, encode
 from jaxmodels.esm.model import Esm
 from train import enzyme_floors, enzyme_transfer, experiment, metrics
 from train.data import packing, records
@@ -49,6 +49,11 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Labelled"]) -> "Labelled":
+        return cls(sum((part.sequences for part in parts), ()), np.concatenate([part.labels for part in parts]),
+                   sum((part.names for part in parts), ()))
 
     def where(self, keep: Sequence[bool]) -> "Labelled":
         chosen = np.flatnonzero(keep)
@@ -153,9 +158,7 @@ def ids(sequence: str, length: int) -> np.ndarray:
 
 def fine_tune(cfg: EnzymeConfig, folder: RunFolder, parts: dict[str, Labelled], setting: str, mesh: Mesh) -> Esm:
     """The model with the best validation macro-F1, which also lies in ``folder/model``."""
-    joined = [parts[name] for name in TRAINED[setting]]
-    train = Labelled(sum((part.sequences for part in joined), ()), np.concatenate([part.labels for part in joined]),
-                     sum((part.names for part in joined), ()))
+    train = Labelled.joined([parts[name] for name in TRAINED[setting]])
     data = prepare_data(cfg, folder, train, setting)
     batches = experiment.open_batches(cfg, data, "train", f"{cfg.data.source}/{setting}")
     row = records.open_records(data, "train")[0]
@@ -193,10 +196,21 @@ def starting_model(cfg: EnzymeConfig) -> Esm:
     if not isinstance(encoder, Esm):
         raise UserError(f"pretrained={cfg.pretrained} is a {type(encoder).__name__}, not an ESM encoder; give a run of "
                         "esm_pretrain or an ESM model")
+    check_reads(encoder, f"pretrained={cfg.pretrained}", max(cfg.data.length, LENGTHS[-1]))
     options = dataclasses.replace(encoder.cfg, classes=CLASSES, pool=cfg.tune.pool)
     model = Esm(options, rngs=nnx.Rngs(params=jax.random.key(cfg.seed)))
     nnx.update(model, nnx.state(encoder))
     return model
+
+
+def check_reads(model: Esm, name: str, length: int) -> None:
+    """Raises UserError for a model of another alphabet, or whose table of positions ends before `length` tokens."""
+    if model.cfg.vocab_size != len(TOKENS):
+        raise UserError(f"{name} has a vocabulary of {model.cfg.vocab_size} tokens; proteins are spelt in the "
+                        f"{len(TOKENS)} of ESM-2 and ESM-1b, give such a model")
+    room = model.cfg.max_positions - model.cfg.pad_id - 1
+    if model.cfg.position == "learned" and room < length:
+        raise UserError(f"{name} has positions for {room} tokens; {length} are read, give a model that has them")
 
 
 def make_tuner(cfg: EnzymeConfig, start: Esm) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
@@ -267,23 +281,30 @@ def predict(model: Esm, sequences: Sequence[str], check: Callable[[], None] = la
 def table(cfg: EnzymeConfig, parts: dict[str, Labelled], asked: dict[str, Labelled],
           found: dict[str, dict[str, int]], folder: RunFolder) -> dict[str, Any]:
     """``SETTING.SET.METHOD.METRIC`` for model and floors: accuracy, macro_f1, recall_1 ... recall_7, each with _low
-    and _high (95 % bootstrap), and n of each set. Floors know train, valid and, in the easy setting, near_eval.
+    and _high (95 % bootstrap); ``SETTING.SET.model_less_FLOOR.macro_f1``; and n of each set. Floors know train, valid
+    and, in the easy setting, near_eval.
     """
     results: dict[str, Any] = {}
     sequences = sorted({sequence for one in asked.values() for sequence in one.sequences})
     for setting, model in found.items():
         # in the order of the source, so that equally similar neighbours are told apart as in the recorded floors
-        known = [parts[name] for name in ("train", "valid", *(("near_eval",) if setting == "easy" else ()))]
-        guesses = enzyme_floors.floor_predictions(sum((part.sequences for part in known), ()),
-                                                  np.concatenate([part.labels for part in known]), sequences)
+        known = Labelled.joined([parts[name] for name in ("train", "valid",
+                                                          *(("near_eval",) if setting == "easy" else ()))])
+        guesses = enzyme_floors.floor_predictions(known.sequences, known.labels, sequences)
         by = {"model": model} | {name: dict(zip(sequences, labels.tolist(), strict=True))
                                  for name, labels in guesses.items()}
         for name, part in asked.items():
             results[f"{setting}.{name}.n"] = len(part)
-            for method, answers in by.items():
-                predicted = np.array([answers[sequence] for sequence in part.sequences], int)
+            predicted = {method: np.array([answers[sequence] for sequence in part.sequences], int)
+                         for method, answers in by.items()}
+            for method, answers in predicted.items():
                 results |= {f"{setting}.{name}.{method}.{metric}": value
-                            for metric, value in scores_of(part.labels, predicted, cfg.bootstrap, cfg.seed).items()}
+                            for metric, value in scores_of(part.labels, answers, cfg.bootstrap, cfg.seed).items()}
+                if method != "model":
+                    less = metrics.macro_f1_difference(part.labels, predicted["model"], answers, CLASSES, cfg.bootstrap,
+                                                       cfg.seed)
+                    results |= {f"{setting}.{name}.model_less_{method}.macro_f1{end}": value
+                                for end, value in zip(("", "_low", "_high"), less, strict=True)}
         folder.check_stop()
     files.write_json(folder.path("predictions.json"), {
         "names": list(asked["test"].names), "labels": (asked["test"].labels + 1).tolist(),

@@ -47,6 +47,18 @@ def bootstrap(counts: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str,
     return found
 
 
+def macro_f1_difference(truth: np.ndarray, first: np.ndarray, second: np.ndarray, classes: int, draws: int = 2000,
+                        seed: int = 0) -> tuple[float, float, float]:
+    """(macro-F1 of the first answers less that of the second, low, high): 95 %, the same examples drawn for both."""
+    flat = (np.asarray(truth, int) * classes + first) * classes + second
+    cells = np.bincount(flat, minlength=classes**3)
+    drawn = np.random.default_rng(seed).multinomial(len(flat), cells / len(flat), size=draws)
+    counts = np.concatenate([cells[None], drawn]).reshape(-1, classes, classes, classes)
+    values = class_scores(counts.sum(3))["macro_f1"] - class_scores(counts.sum(2))["macro_f1"]
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return float(values[0]), float(low), float(high)
+
+
 def ec_accuracy(truth: Sequence[Sequence[str]], predicted: Sequence[str], level: int) -> float:
     """Share of proteins whose predicted EC number agrees with one of theirs in the first `level` fields (1 to 4).
 

@@ -1,7 +1,9 @@
 """What can be said of each claim, from the tables of the report.
 
-A claim is *supported* or *not supported* where every interval that it needs lies on one side and every fine-tuning
-agrees, and *not decidable* otherwise, or where the classifier itself is too weak for a curve to mean anything.
+A claim is *supported* where everything that it needs holds: every interval lies on its side, and every fine-tuning
+agrees. It is *not supported* where one thing that it needs is refuted: an interval lies wholly on the other side, and
+every fine-tuning agrees in that. Everything else is *not decidable*, and so is all behaviour of a classifier that is
+itself too weak for a curve to mean anything, or of which there is only one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,41 +13,56 @@ import numpy as np
 
 from analysis.knowledge_neurons import where
 from analysis.knowledge_neurons.config import StudyConfig
-from analysis.knowledge_neurons.methods import DRAWN, PRIMARY
+from analysis.knowledge_neurons.methods import JUDGED, PRIMARY, controls
 from analysis.knowledge_neurons.tables import Rows
 
 YES, NO, OPEN = "supported", "not supported", "not decidable"
 # Rankings of section 5.1 that can speak for or against a site. `activation_scaled` stands in for the ranking by
 # quantiles, which keeps the same share of every site and layer by construction.
+MASKS = 5  # random ones of all fine-tunings together, below which nothing is said of them
+WORDS = {"activation": "high activation", "ig_gate": "high integrated gradients"}
 JUDGES = ("activation", "activation_scaled", "ig_site", "ig_site_mean", "ig_gate", "ig_gate_mean")
 
 
 def statements(cfg: StudyConfig, found: Mapping[str, Any]) -> Rows:
     """One row a claim: name, claim, verdict, why."""
     weak = weakness(found["full"])
+    if cfg.fine_tunings < 2:
+        weak = weak or "one fine-tuning has no other to agree with"
     rows = []
 
     def state(name: str, claim: str, judged: tuple[str, str], behaviour: bool = True) -> None:
         verdict, why = (OPEN, f"{weak} ({judged[1]})") if behaviour and weak else judged
         rows.append({"name": name, "claim": claim, "verdict": verdict, "why": why})
 
-    pairs = [("activation", "random", "Neurons of high activation keep more of the classification than random ones."),
-             ("ig_gate", "random", "Neurons of high integrated gradients keep more of it than random ones."),
-             ("ig_gate", "random_matched", "They keep more than random ones with the same number in every site and "
-              "layer: the neurons matter, not the sites alone.")]
-    for method, control, claim in pairs:
-        state(f"keep.{method}.{control}", claim, judged_areas(cfg, found, "keep", method, control))
-    for control in DRAWN:
-        more = " with the same number in every site and layer" if control == "random_matched" else ""
-        state(f"drop.ig_gate.{control}", f"Losing neurons of high integrated gradients costs more than losing random "
-              f"ones{more}: they are needed, not only enough.", judged_areas(cfg, found, "drop", "ig_gate", control))
+    for method in JUDGED:
+        for control in controls(method):
+            more = "" if control == "random" else (" with the same number in every site and layer: the neurons matter, "
+                                                   "not the sites alone")
+            state(f"keep.{method}.{control}", f"Neurons of {WORDS[method]} keep more of the classification than random "
+                  f"ones{more}.", judged_areas(cfg, found, "keep", method, control))
+            state(f"drop.{method}.{control}", f"Losing neurons of {WORDS[method]} costs more than losing random "
+                  f"ones{more}.", judged_areas(cfg, found, "drop", method, control))
     state("keys", "Knowledge neurons are dense in the networks that produce the keys of self-attention.",
           judged_site(cfg, found, "k"))
     state("specific", "Losing the neurons of one class costs this class more recall than the others.",
           judged_specificity(cfg, found))
     state("reliable", "The list of neurons does not depend on which half of the training proteins scored it (rank "
-          "correlation of at least 0.5).", judged_reliability(found), behaviour=False)
+          "correlation of at least 0.5, of the scores and of the scores over the mean of their site and layer).",
+          judged_reliability(found), behaviour=False)
     return rows
+
+
+def both(rows: Rows) -> Rows:
+    """Of each method and control: are its neurons enough, needed, both? From the rows of `statements`."""
+    verdicts, out = {row["name"]: row["verdict"] for row in rows}, []
+    for method in JUDGED:
+        for control in controls(method):
+            enough, needed = (verdicts[f"{direction}.{method}.{control}"] for direction in ("keep", "drop"))
+            told = {(YES, YES): "enough and needed", (YES, NO): "enough, not needed", (NO, YES): "needed, not enough",
+                    (NO, NO): "neither"}.get((enough, needed), "not decidable in at least one")
+            out.append({"method": method, "control": control, "enough": enough, "needed": needed, "together": told})
+    return out
 
 
 def weakness(full: Mapping[str, float]) -> str:
@@ -72,6 +89,8 @@ def judged_areas(cfg: StudyConfig, found: Mapping[str, Any], direction: str, met
         f"{each_of(row)})" for row in rows)
     if len(cfg.keep.ablations) < 2:
         return OPEN, f"{text}; only one of the two ablations was run"
+    if (masks := cfg.fine_tunings * cfg.keep.seeds) < MASKS:
+        return OPEN, f"{text}; {masks} random masks in all, fewer than {MASKS}"
     return judged(rows, text, 1 if direction == "keep" else -1)
 
 
@@ -95,19 +114,24 @@ def each_of(row: Mapping[str, Any]) -> str:
 def judged_site(cfg: StudyConfig, found: Mapping[str, Any], site: str) -> tuple[str, str]:
     """By the rankings of 5.1 at every share: enriched beyond what shuffled labels give, or not."""
     rows = [row for row in found["where"] if row["kind"] == "site" and row["site"] == site]
-    told, passed = [], {}
+    told, passed, refuted = [], {}, False
     for ranking in JUDGES:
         mine = [row for row in rows if row["ranking"] == ranking]
         if mine:
             passed[ranking] = all(row["least"] > row["high"] for row in mine)
-            told.append(f"{ranking} {' / '.join(format(row['enrichment'], '.2f') for row in mine)} "
-                        f"({'above' if passed[ranking] else 'not above'} chance)")
+            never = any(row["most"] <= row["high"] for row in mine)
+            refuted |= never
+            how = "above" if passed[ranking] else "not above" if never else "in some fine-tunings above"
+            told.append(f"{ranking} {' / '.join(format(row['enrichment'], '.2f') for row in mine)} ({how} chance)")
     text = (f"enrichment of {site} at {' / '.join(f'{share:.0%}' for share in cfg.where.shares)} (mean of the "
-            f"fine-tunings; above chance: in each of them): {'; '.join(told)}. The ranking by quantiles, which 5.1 "
+            f"fine-tunings; above chance: in each of them at every share; not above: in none at one share): "
+            f"{'; '.join(told)}. The ranking by quantiles, which 5.1 "
             "asks for, has an enrichment of 1 in every site by construction and cannot tell; activation_scaled judges "
             "in its place")
-    if not all(passed.values()):
+    if refuted:
         return NO, f"{text}. The claim must survive every ranking and both baselines"
+    if not all(passed.values()):
+        return OPEN, f"{text}. The fine-tunings disagree"
     if missing := [ranking for ranking in JUDGES if ranking not in passed]:
         return OPEN, f"{text}. Not run: {', '.join(missing)}"
     return YES, f"{text}. Every ranking agrees"
@@ -116,17 +140,21 @@ def judged_site(cfg: StudyConfig, found: Mapping[str, Any], site: str) -> tuple[
 def judged_specificity(cfg: StudyConfig, found: Mapping[str, Any]) -> tuple[str, str]:
     rows = found["specificity"]
     text = "; ".join(f"{name} ablation: own recall falls by {one['gap']:+.3f} more ({one['low']:+.3f} to "
-                     f"{one['high']:+.3f}; {each_of(one)})" for name, one in rows.items())
+                     f"{one['high']:+.3f}; {each_of(one)}; among {min(one['classes'])} to {max(one['classes'])} "
+                     "classes)" for name, one in rows.items())
     if len(rows) < 2:
-        return OPEN, text + "; both ablations are needed" if text else "no class has scores and test proteins"
+        return OPEN, text + "; both ablations are needed" if text else "no two classes have scores and test proteins"
     return judged(list(rows.values()), text)
 
 
 def judged_reliability(found: Mapping[str, Any]) -> tuple[str, str]:
-    """By the halves of every fine-tuning."""
-    text = "Spearman between halves: " + ", ".join(
-        f"{row['ranking']} {row['spearman']:.2f}" for row in found["reliability"] if row["ranking"].startswith("ig_"))
-    each = np.array(next(row["each"] for row in found["reliability"] if row["ranking"] == PRIMARY), float)
+    """By the halves of every fine-tuning. Sites and layers differ in scale, which alone makes all neurons' scores go
+    together: the scores over the mean of their cell have to as well."""
+    text = "Spearman between halves, and Jaccard of the top 1 %: " + ", ".join(
+        f"{row['ranking']} {row['spearman']:.2f}, {row['jaccard']:.2f}" for row in found["reliability"]
+        if row["ranking"].startswith("ig_")) + ". Halves share families of proteins, which makes them agree more"
+    by = {row["ranking"]: row["each"] for row in found["reliability"]}
+    each = np.minimum(*(np.array(by[name], float) for name in (PRIMARY, f"{PRIMARY}_scaled")))
     if np.isnan(each).any():
         return OPEN, "the scores are constant"
     if (each >= where.RELIABLE).all():

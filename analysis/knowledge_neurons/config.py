@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from analysis.knowledge_neurons.methods import BUDGETS, METHODS
+from analysis.knowledge_neurons.methods import BUDGETS, MATCHED, METHODS, NEEDED
 from jaxmodels.errors import UserError
 from train.enzyme_config import EnzymeConfig
 from train.protein_config import ProteinPretrainConfig
@@ -23,7 +23,8 @@ class ScoreConfig:
     length: int = 512  # tokens of a protein at most; of longer ones the beginning, here and for the curves
     tokens: int = 2048  # of a batch, about: all of it is computed again where one protein of it needs more steps
     counted: Literal["all", "residues"] = "all"  # tokens that a sum of contributions is over; residues: no <cls>, <eos>
-    modes: tuple[Literal["gate", "site"], ...] = ("gate", "site")  # paths of integrated gradients
+    # paths of integrated gradients; conductance (from the embedding 0) is ranked beside the others, nothing more
+    modes: tuple[Literal["gate", "site", "conductance"], ...] = ("gate", "site", "conductance")
     baselines: tuple[Baseline, ...] = ("zero", "mean")
     steps: int = 20  # Gauss-Legendre nodes
     max_steps: int = 40  # doubled up to so many where the sum misses the change by more than 1 %
@@ -60,7 +61,7 @@ class KeepConfig:
     def __post_init__(self):
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise UserError(f"keep.methods has {unknown[0]!r}; choose from {', '.join(METHODS)}")
-        if missing := [m for m in ("random", "activation", "ig_gate") if m not in self.methods]:
+        if missing := [m for m in NEEDED if m not in self.methods and m not in MATCHED]:
             raise UserError(f"keep.methods lacks {missing[0]!r}, which the statements compare; add it")
         _check_shares("keep.shares", (*self.shares, self.specific, *self.site_shares, *self.retrain_shares))
         if len(self.shares) < 2 or list(self.shares) != sorted(set(self.shares)) or self.shares[-1] != 1:

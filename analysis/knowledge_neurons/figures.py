@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from analysis.attribution import SITES
+from analysis.knowledge_neurons.methods import DRAWN
 from analysis.report.style import GRID, INK, PALETTE, heat_map, new_figure
 
 MARKERS = "osD^vPX*<>"
-CONTROLS = ("random", "random_matched", "bottom")
+CONTROLS = (*DRAWN, "bottom")
 
 
 def keeping(rows: Sequence[Mapping[str, Any]], direction: str, full: float, floor: float) -> Figure:
@@ -38,6 +39,31 @@ def keeping(rows: Sequence[Mapping[str, Any]], direction: str, full: float, floo
     axes[0, 0].set_ylabel("macro-F1, test")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def beside_controls(rows: Sequence[Mapping[str, Any]], direction: str) -> Figure:
+    """Difference of macro-F1 to each control over the share, a row of panels an ablation, a column a method."""
+    ablations, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("ablation", "method"))
+    figure, axes = new_figure(4.2 * len(methods), 1.0 + 2.2 * len(ablations), len(ablations), len(methods),
+                              squeeze=False, sharex=True, sharey=True)
+    for line, ablation in zip(axes, ablations, strict=True):
+        for panel, method in zip(line, methods, strict=True):
+            mine = [row for row in rows if (row["ablation"], row["method"]) == (ablation, method)]
+            for number, control in enumerate(dict.fromkeys(row["control"] for row in mine)):
+                points = [row for row in mine if row["control"] == control]
+                x, y, low, high = (np.array([row[key] for row in points], float)
+                                   for key in ("share", "difference", "low", "high"))
+                label = "random" if control == "random" else "random, matched by site and layer"
+                panel.plot(100 * x, y, label=label, color=PALETTE[number], marker=MARKERS[number])
+                panel.fill_between(100 * x, low, high, color=PALETTE[number], alpha=0.15, linewidth=0)
+            panel.axhline(0, color=INK, linewidth=0.8)
+            panel.set(xscale="log", title=f"{method}, {ablation} ablation")
+            _share_ticks(panel, rows)
+    for panel in axes[-1]:
+        panel.set_xlabel(f"neurons {'kept' if direction == 'keep' else 'lost'} (%)")
+    figure.supylabel("macro-F1 less the control's", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

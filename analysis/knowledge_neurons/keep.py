@@ -15,11 +15,11 @@ from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int
 
 from analysis.knowledge_neurons.neurons import Layout
-from analysis.knowledge_neurons.scores import Batch
 from jaxmodels.errors import UserError
 from jaxmodels.esm.model import Esm
 from jaxmodels.taps import Taps
 from train import metrics
+from train.data.buckets import Bucketed
 
 ABLATIONS = ("zero", "mean")
 DIRECTIONS = ("keep", "drop")  # sufficiency, necessity
@@ -29,7 +29,7 @@ ENOUGH = 0.95  # of the full model's score
 class Keeper:
     """Predicts with any subset of the neurons: masks are arguments, so one program for each length serves them all."""
 
-    def __init__(self, model: Esm, layout: Layout, batches: Sequence[Batch]):
+    def __init__(self, model: Esm, layout: Layout, batches: Sequence[Bucketed]):
         self.graphdef, self.state = nnx.split(model)
         self.layout, self.batches = layout, batches
         self.size = sum(len(batch.index) for batch in batches)

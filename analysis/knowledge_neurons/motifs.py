@@ -139,5 +139,5 @@ def rows_of(motifs: Mapping[str, Int[np.ndarray, "..."]], number: int) -> list[d
         rows.append(row | {"matches": int(motifs[f"{motif.name}.matches"]), "inside": float(values[0]),
                            "elsewhere": float(values[1:].mean()), "p": p,
                            "effect": float((values[0] - values[1:].mean()) / spread) if spread else 0.0,
-                           "verdict": "more than elsewhere" if p < 0.05 else "not more than elsewhere"})
+                           "verdict": "more than elsewhere" if p < 0.05 else "not decidable"})
     return rows

@@ -17,11 +17,14 @@ of the abstract are known here: nothing below reproduces its numbers or contradi
 - Scores come from training proteins alone; the curves are of test proteins. A neuron that is not kept has one value at
   all tokens, 0 or its mean over the training part; the classifier is untouched and, but for one table, nothing is
   retrained.
-- `random_matched` draws as many neurons from every site and layer as `ig_gate` does; `bottom` takes the lowest scores.
+- `random_matched` draws as many neurons from every site and layer as `ig_gate` takes, `random_matched_activation` as
+  many as `activation` does; `bottom` takes the lowest scores of `ig_gate`.
 - One pre-training, several fine-tunings of it that differ by their seed. Numbers are means over the fine-tunings, ±
   the standard deviation between them; a random method draws masks of its own for each. Intervals are 95 % bootstrap
-  intervals of the mean when test proteins are drawn anew; a claim is supported only where every fine-tuning agrees too.
-  Another pre-training may differ by more.
+  intervals of the mean when test proteins, and random masks, are drawn anew; a claim is supported only where every
+  fine-tuning agrees too. Another pre-training may differ by more.
+- Pre-training reads the sequences, without labels, of the whole corpus: homologs of test proteins are among them
+  (docs/proteins.md has the counts). The labels of the strict training part share no cluster with a test protein.
 - What `bottom` and the methods that no statement reads lose when they are dropped is not asked.
 - Keeping random neurons with the others at 0 fails quickly, for the norms' statistics shift; mean ablation is the
   fairer comparison.
@@ -41,7 +44,10 @@ half of their sum.
 COST = """
 Compilation is in the times of the first fine-tuning, not in those of the last, whose programs are there. Peak memory is
 that of the whole process up to the end of the path, training included: it can only rise down the table. Errors are
-relative to the change of the target. captum's time and memory on the same model, side by side with ours in one run:
+relative to the change of the target along a path (or to a hundredth of the target, where that is more): the mean over
+all fine-tunings, and the worst path of all. Of single sites some paths change the target by almost nothing, and their
+errors are large in this measure. Conductance has none: it is complete for no site by itself. captum's time and memory
+on the same model, side by side with ours in one run:
 `jaxmodels bench attribution`.
 """
 FIRST = "seed0"  # whose costs are shown in full, and whose sets from outside were tested
@@ -75,9 +81,11 @@ def build(run_dir: str | Path) -> Path:
 
 def _claims(report: Report, tables: dict[str, Any]) -> None:
     full = tables["full"]
-    report.section("What can be said", "Supported and not supported: every interval that the claim needs lies on one "
-                   "side, and every fine-tuning agrees. Everything else is not decidable, and so is all behaviour of a "
-                   "classifier that is not better than naming the commonest class, or than itself without neurons.")
+    report.section("What can be said", "Supported: everything that the claim needs holds, every interval and every "
+                   "fine-tuning. Not supported: one thing that it needs is refuted, the interval wholly on the other "
+                   "side and every fine-tuning agreeing in that. Everything else is not decidable, and so is all "
+                   "behaviour of a single fine-tuning, or of a classifier that is not better than naming the commonest "
+                   "class, or than itself without neurons.")
     report.number_cards([("macro-F1 of the whole model", full["macro_f1"],
                           f"{full['macro_f1_low']:.3f} to {full['macro_f1_high']:.3f}"),
                          ("of the commonest class", full["commonest_macro_f1"]),
@@ -86,6 +94,10 @@ def _claims(report: Report, tables: dict[str, Any]) -> None:
     # The reasons are prose: in a third column they would be cut off on a phone.
     report.table(tables["claims"], {"claim": "claim", "verdict": "verdict"}, "Each claim.", "claims")
     report.text("\n".join(f"- **{row['verdict']}**: {row['claim']} *Why:* {row['why']}." for row in tables["claims"]))
+    if tables.get("both"):
+        report.table(tables["both"], {"method": "method", "control": "beside", "enough": "enough (keeps more)",
+                                      "needed": "needed (costs more)", "together": "together"},
+                     "Enough and needed are two things.", "both")
 
 
 def _training(report: Report, folder: Path, config: dict[str, Any]) -> None:
@@ -136,6 +148,10 @@ def _curves(report: Report, tables: dict[str, Any]) -> None:
                      ("ablation", "method", "control", "difference", "low", "high", "each"),
                      caption="Area less that of a control, the same proteins drawn for both.",
                      name=f"differences-{direction}")
+        if shares := [row for row in tables.get("by_share", ()) if row["direction"] == direction]:
+            report.figure(figures.beside_controls(shares, direction), "Macro-F1 less that of a control with as many "
+                          "neurons; bands: 95 %, the same proteins drawn for both.", shares,
+                          f"by-share-{direction}", f"Difference to controls over the share of neurons, {direction}")
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -174,7 +190,8 @@ def _motifs(report: Report, tables: dict[str, Any]) -> None:
     report.section("Motifs", "The summed contribution of the neurons of the highest integrated gradients, residue by "
                    "residue, inside the matches of a motif and at as many drawn positions of the same residue types in "
                    "the same proteins. A match of so short a pattern is often no motif: chance matches weaken the "
-                   "effect. Serine hydrolases are looked for in EC 3 alone.")
+                   "effect. Serine hydrolases are looked for in EC 3 alone. Each p is by itself: of several motifs and "
+                   "fine-tunings one in twenty is below 0.05 by chance.")
     report.table(tables["motifs"], {"motif": "motif", "pattern": "pattern", "fine_tuning": "fine-tuning",
                                     "proteins": "proteins", "matches": "residues", "inside": "inside",
                                     "elsewhere": "elsewhere", "effect": "effect (sd)", "p": "p", "verdict": "verdict"},
@@ -227,7 +244,9 @@ def _reliability(report: Report, tables: dict[str, Any]) -> None:
                   "each": "halves, Spearman in each fine-tuning", "between_spearman": "fine-tunings, Spearman",
                   "between_jaccard": "fine-tunings, Jaccard"},
                  "Between two halves of the training proteins of every class, and between any two fine-tunings: "
-                 "Spearman of the scores, Jaccard of the top 1 %.", "reliability")
+                 "Spearman of the scores, Jaccard of the top 1 %. Sites and layers differ in scale, which raises the "
+                 "Spearman of all rankings but the scaled ones; halves share families of proteins, which raises all.",
+                 "reliability")
     report.table(tables["overlap"], caption="Between rankings of one fine-tuning.", name="overlap")
 
 
@@ -247,13 +266,16 @@ def _cost(report: Report, results: dict[str, Any], fine_tunings: int) -> None:
                  if key.startswith(f"{FIRST}.seconds_a_protein.")):
         mode, _, baseline = name.partition("-")
         last = f"seed{fine_tunings - 1}"
+        mean, worst = ([results[key] for number in range(fine_tunings)
+                        if (key := f"seed{number}.completeness_error_{which}.{name}") in results]
+                       for which in ("mean", "worst"))
         rows.append({"path": mode, "baseline": baseline or None, "first": results[f"{FIRST}.seconds_a_protein.{name}"],
                      "last": results.get(f"{last}.seconds_a_protein.{name}") if last != FIRST else None,
                      "peak": results.get(f"{FIRST}.peak_mib.{name}"),
-                     "error": results.get(f"{FIRST}.completeness_error_mean.{name}")})
+                     "mean": sum(mean) / len(mean) if mean else None, "worst": max(worst, default=None)})
     if rows:
         report.section("Cost", COST)
         report.table(rows, {"path": "path", "baseline": "baseline", "first": "seconds a protein, first fine-tuning",
                             "last": "last fine-tuning", "peak": "peak memory so far (MiB)",
-                            "error": "mean completeness error"},
+                            "mean": "mean completeness error", "worst": "worst"},
                      f"All neurons of all six sites, on {results.get('device')}.", "cost")

@@ -23,29 +23,16 @@ from jaxmodels.errors import UserError
 from jaxmodels.esm.alphabet import encode
 from jaxmodels.esm.model import Esm
 from jaxmodels.taps import Taps
-from train.data.buckets import LENGTHS, bucketed
+from train.data.buckets import LENGTHS, Bucketed, bucketed
 
 Nothing = Callable[[], None]
 
 
-class Batch(NamedTuple):
-    """tokens int32[B, T]; index int[n <= B]: which examples the first rows are, the others being copies."""
-
-    tokens: np.ndarray
-    index: np.ndarray
-
-    def fill(self, values: np.ndarray, other: int | None = None) -> np.ndarray:
-        """Values of the rows' examples; of the copies those of the first row, or `other`."""
-        mine = np.asarray(values)[self.index]
-        rest = len(self.tokens) - len(mine)
-        return np.concatenate([mine, np.repeat(mine[:1] if other is None else np.array([other], mine.dtype), rest)])
-
-
-def batches_of(sequences: Sequence[str], length: int, tokens: int) -> list[Batch]:
+def batches_of(sequences: Sequence[str], length: int, tokens: int) -> list[Bucketed]:
     """All proteins in batches of like length; of those longer than `length` - 2 residues, the beginning."""
     rows = [encode(sequence[:length - 2])[0] for sequence in sequences]
     lengths = sorted({min(one, length) for one in LENGTHS} | {length})
-    return [Batch(batch.tokens, batch.index) for batch in bucketed(rows, tokens, lengths)]
+    return bucketed(rows, tokens, lengths)
 
 
 # Activations
@@ -70,8 +57,8 @@ class Moments(NamedTuple):
         return Moments(count.sum(), mean, variance, (share * self.absolute[groups]).sum(0))
 
 
-def activation_moments(model: Esm, layout: Layout, batches: Sequence[Batch], group: Int[np.ndarray, "N"], groups: int,
-                       check: Nothing = lambda: None) -> Moments:
+def activation_moments(model: Esm, layout: Layout, batches: Sequence[Bucketed], group: Int[np.ndarray, "N"],
+                       groups: int, check: Nothing = lambda: None) -> Moments:
     """Moments of every neuron in each of `groups` groups; group: that of every example.
 
     Sums over tokens are taken inside the taps, so that [L, B, T, F] never exists, and batches are merged in float32 by
@@ -163,9 +150,11 @@ class Attributed(NamedTuple):
                    np.array(0.0))
 
     def of_classes(self, classes: int, halves: Sequence[int] = (0, 1), signed: bool = True) -> np.ndarray:
-        """Mean score of the examples of each class, float64[C, n]; nan for a class without examples."""
+        """Mean score of the examples of each class, float64[C, n]; nan for a class without examples, and of one half,
+        for a class that the other half has none of: two halves would else differ by their classes."""
         total = (self.signed if signed else self.absolute).reshape(2, classes, -1)[list(halves)].sum(0)
-        count = self.count.reshape(2, classes)[list(halves)].sum(0)[:, None]
+        by_half = self.count.reshape(2, classes)
+        count = np.where((by_half > 0).all(0) | (len(halves) > 1), by_half[list(halves)].sum(0), 0)[:, None]
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
@@ -180,9 +169,9 @@ def task_score(by_class: Float[np.ndarray, "C n"]) -> Float[np.ndarray, "n"]:
     return np.abs(by_class[known]).mean(0)
 
 
-def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[np.ndarray, "N"],
-              group: Int[np.ndarray, "N"], groups: int, *, mode: Literal["site", "gate"] = "gate", rule: str = "gauss",
-              steps: int = 20, max_steps: int = 80, mean: Float[np.ndarray, "n"] | None = None,
+def attribute(model: Esm, layout: Layout, batches: Sequence[Bucketed], labels: Int[np.ndarray, "N"],
+              group: Int[np.ndarray, "N"], groups: int, *, mode: Literal["site", "gate", "conductance"] = "gate",
+              rule: str = "gauss", steps: int = 20, max_steps: int = 80, mean: Float[np.ndarray, "n"] | None = None,
               counted: Literal["all", "residues"] = "all",
               before: Attributed | None = None, after: Callable[[Attributed], None] = lambda found: None) -> Attributed:
     """Contribution of every neuron to the probability of the true class, summed by group.
@@ -197,6 +186,8 @@ def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[
     total = before or Attributed.empty(groups, layout.size)
     # Zeros as an array too, of the mean's shape: both baselines are then one compiled program.
     baseline = layout.arrays(np.zeros(layout.size, np.float32) if mean is None else np.asarray(mean, np.float32))
+    if mode == "conductance":  # from the embedding 0, and complete for no site by itself: it has no error
+        baseline = {"embedding": np.zeros((1, 1, 1), np.float32)}
     for batch in batches[int(total.done):]:
         start = time.monotonic()
         found = integrated_gradients(
@@ -208,7 +199,7 @@ def attribute(model: Esm, layout: Layout, batches: Sequence[Batch], labels: Int[
         mine = group[batch.index]
         np.add.at(total.signed, mine, values)
         np.add.at(total.absolute, mine, np.abs(values))
-        error = _relative(found, rows)
+        error = np.zeros(rows) if mode == "conductance" else _relative(found, rows)
         total = total._replace(
             count=total.count + np.bincount(mine, minlength=groups), done=total.done + 1,
             error=np.array([max(total.error[0], error.max(initial=0)), total.error[1] + error.mean() * rows]),

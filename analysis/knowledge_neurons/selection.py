@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 
-from analysis.knowledge_neurons.methods import METHODS, PRIMARY, SCORED
+from analysis.knowledge_neurons.methods import MATCHED, METHODS, PRIMARY, SCORED
 from analysis.knowledge_neurons.neurons import Layout
 from jaxmodels.errors import UserError
 
@@ -49,13 +49,13 @@ def select(method: str, share: float, scores: Mapping[str, Float[np.ndarray, "n"
     """
     if method == "random":
         return top(np.random.default_rng([seed, 1]).random(layout.size), share)
-    needed = method if method in SCORED else PRIMARY
+    needed = method if method in SCORED else MATCHED.get(method, PRIMARY)
     if method not in METHODS or needed not in scores:
         raise UserError(f"method {method!r} needs the scores {needed!r}; there are {', '.join(scores) or 'none'}"
                         if method in METHODS else f"method {method!r} is not one of {', '.join(METHODS)}")
-    if method == "random_matched":
-        return matched(top(scores[PRIMARY], share), layout, seed)
-    return top(-scores[PRIMARY] if method == "bottom" else scores[method], share)
+    if method in MATCHED:
+        return matched(top(scores[needed], share), layout, seed)
+    return top(-scores[needed] if method == "bottom" else scores[needed], share)
 
 
 def within(method: str, share: float, site: int, scores: Mapping[str, Float[np.ndarray, "n"]], layout: Layout,

@@ -39,9 +39,7 @@ def run(cfg: StudyConfig, folder: RunFolder) -> None:
     if folder.results().get("finished"):  # nothing to do: the report is rebuilt from what is there
         return
     parts, _ = enzyme.read_parts(cfg.enzyme)  # before the training: a missing source is told at once
-    joined = [parts[name] for name in TRAINED[cfg.enzyme.settings[0]]]
-    train = Labelled(sum((part.sequences for part in joined), ()), np.concatenate([part.labels for part in joined]),
-                     sum((part.names for part in joined), ()))
+    train = Labelled.joined([parts[name] for name in TRAINED[cfg.enzyme.settings[0]]])
     test = parts["test"]
     test = test.where(np.isin(np.arange(len(test)), chosen(test.labels, cfg.keep.proteins)))
     start, seen, layout = start_of(cfg, folder), [], None
@@ -56,6 +54,7 @@ def run(cfg: StudyConfig, folder: RunFolder) -> None:
         seen.append(examine(Tuned(cfg, folder, number, model, layout, train, test)))
     found = tables.tables(cfg, layout, seen)
     found["claims"] = claims.statements(cfg, found)
+    found["both"] = claims.both(found["claims"])
     write_json(folder.path("tables.json"), found)
     folder.write_results(tables.numbers(found) | {"finished": True})
 
@@ -93,6 +92,7 @@ def classifier(cfg: StudyConfig, folder: RunFolder, number: int, start: str) -> 
         model: Any = jaxmodels.load(inside if inside.is_dir() else name, dtype="float32")
         if not isinstance(model, Esm) or model.cfg.classes != CLASSES:
             raise UserError(f"tuned={name} is not an ESM encoder with {CLASSES} classes; give a run of esm_enzyme")
+        enzyme.check_reads(model, f"tuned={name}", cfg.score.length)
         return model
     tune = dataclasses.replace(
         cfg.enzyme, pretrained=start, seed=cfg.enzyme.seed + number,

@@ -5,7 +5,7 @@ same for every fine-tuning and method; ``each`` holds the value of every fine-tu
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from analysis.knowledge_neurons.keep import (
     scores_of,
     smallest_enough,
 )
-from analysis.knowledge_neurons.methods import DRAWN
+from analysis.knowledge_neurons.methods import DRAWN, JUDGED, controls
 from analysis.knowledge_neurons.motifs import rows_of as motif_rows
 from analysis.knowledge_neurons.neurons import Layout
 from analysis.knowledge_neurons.ranking import Found, rankings
@@ -59,10 +59,10 @@ def tables(cfg: StudyConfig, layout: Layout, seen: Sequence[Seen]) -> dict[str, 
     sites = {key: np.stack([one.sites[key] for one in seen]) for key in seen[0].sites}
     return {"full": full_model(truth, [one.test for one in seen], whole),
             "curves": curve_rows(cfg, truth, answers, drawn), "areas": area_rows(cfg, drawn, whole),
-            "differences": difference_rows(cfg, drawn), "where": where_rows(cfg, layout, ranked),
-            "reliability": reliability_rows(layout, seen, ranked), "overlap": overlap_rows(ranked),
-            "totals": total_rows(layout, seen), "specificity": specificity(cfg, truth, full, special),
-            "sites": site_rows(cfg, truth, sites),
+            "differences": difference_rows(cfg, drawn), "by_share": share_rows(cfg, drawn),
+            "where": where_rows(cfg, layout, ranked), "reliability": reliability_rows(layout, seen, ranked),
+            "overlap": overlap_rows(ranked), "totals": total_rows(layout, seen),
+            "specificity": specificity(cfg, truth, full, special), "sites": site_rows(cfg, truth, sites),
             "motifs": [row for number, one in enumerate(seen) for row in motif_rows(one.motifs, number)],
             "retrained": retrained_rows(cfg, truth, seen[0].retrained), "sequences": seen[0].sequences}
 
@@ -82,11 +82,17 @@ def numbers(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resampled(cfg: StudyConfig, truth: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """macro-F1 [1 + draws, S, P] of answers int8[S, R, P, N], the mean over the R masks of every fine-tuning."""
+    """macro-F1 [1 + draws, S, P] of answers int8[S, R, P, N], the mean over the R masks of every fine-tuning.
+
+    A draw draws the masks anew too. (Of few masks that understates how much other masks would differ.)
+    """
     seeds, masks = answers.shape[:2]
     drawn = bootstrap_f1(truth, answers.reshape(seeds * masks, *answers.shape[2:]), CLASSES, cfg.keep.bootstrap,
                          cfg.seed)
-    return drawn.reshape(len(drawn), seeds, masks, -1).mean(2)
+    drawn = drawn.reshape(len(drawn), seeds, masks, -1)
+    which = np.random.default_rng([cfg.seed, masks]).integers(masks, size=drawn.shape[:3])
+    which[0] = np.arange(masks)
+    return np.take_along_axis(drawn, which[..., None], 2).mean(2)
 
 
 def full_model(truth: np.ndarray, tests: Sequence[Mapping[str, np.ndarray]], drawn: np.ndarray) -> dict[str, Any]:
@@ -129,17 +135,31 @@ def area_rows(cfg: StudyConfig, drawn: Mapping[Any, np.ndarray], full: np.ndarra
 
 
 def difference_rows(cfg: StudyConfig, drawn: Mapping[Any, np.ndarray]) -> Rows:
-    """Every method's area less that of `random` and `random_matched`, the same proteins drawn for both."""
-    rows = []
+    """Every method's area less those of its controls, the same proteins drawn for both."""
     areas = {key: log_area(cfg.keep.shares, f1) for key, f1 in drawn.items()}
-    for ablation, direction, control in itertools.product(cfg.keep.ablations, DIRECTIONS, DRAWN):
-        for method in cfg.keep.methods:
-            one, other = areas.get((ablation, direction, method)), areas.get((ablation, direction, control))
-            if one is not None and other is not None and method not in DRAWN:
-                value, low, high = interval((one - other).mean(1))
-                rows.append({"ablation": ablation, "direction": direction, "method": method, "control": control,
-                             "difference": value, "low": low, "high": high, "each": (one - other)[0].tolist()})
-    return rows
+    return [head | _difference(one - other) for head, one, other in _beside_controls(cfg, areas, cfg.keep.methods)]
+
+
+def share_rows(cfg: StudyConfig, drawn: Mapping[Any, np.ndarray]) -> Rows:
+    """macro-F1 of the two methods that the claims are about less those of their controls, at every share."""
+    return [head | {"share": share} | _difference(one[..., i] - other[..., i])
+            for head, one, other in _beside_controls(cfg, drawn, JUDGED)
+            for i, share in enumerate(cfg.keep.shares[:-1])]
+
+
+def _beside_controls(cfg: StudyConfig, values: Mapping[Any, np.ndarray], methods: Sequence[str]
+                     ) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    for ablation, direction, method in itertools.product(cfg.keep.ablations, DIRECTIONS, methods):
+        for control in controls(method) if method not in DRAWN else ():
+            one, other = (values.get((ablation, direction, name)) for name in (method, control))
+            if one is not None and other is not None:
+                yield ({"ablation": ablation, "direction": direction, "method": method, "control": control}, one, other)
+
+
+def _difference(drawn: np.ndarray) -> dict[str, Any]:
+    """Of differences [1 + draws, S]."""
+    value, low, high = interval(drawn.mean(1))
+    return {"difference": value, "low": low, "high": high, "each": drawn[0].tolist()}
 
 
 def where_rows(cfg: StudyConfig, layout: Layout, ranked: Sequence[Mapping[str, np.ndarray]]) -> Rows:
@@ -220,7 +240,8 @@ def specificity(cfg: StudyConfig, truth: np.ndarray, full: np.ndarray, special: 
         if gaps:
             value, low, high = interval(np.mean(gaps, 0))
             out[ablation] = {"change": _mean([change[0] for change in changes]).tolist(), "gap": value, "low": low,
-                             "high": high, "each": [float(gap[0]) for gap in gaps]}
+                             "high": high, "each": [float(gap[0]) for gap in gaps],
+                             "classes": [int((answers[:, 0] >= 0).sum()) for answers in special[ablation]]}
     return out
 
 
@@ -253,13 +274,16 @@ def retrained_rows(cfg: StudyConfig, truth: np.ndarray, found: Mapping[tuple[str
 
 
 def _gap(change: np.ndarray) -> np.ndarray | None:
-    """How much more recall [D] the own class loses than the others, from changes [D, C, C]; None: of no class."""
-    own = np.eye(CLASSES, dtype=bool)
-    mine = (~np.isnan(change[0]) & own).any(1)
-    if not mine.any():
+    """How much more recall [D] the own class loses than the others, from changes [D, C, C]; None: of less than two.
+
+    Among the classes whose neurons were lost: the others are those that the model hardly ever names, whose recall of
+    about 0 cannot fall, so that beside them any loss would look like one of the own class.
+    """
+    mine = np.flatnonzero(~np.isnan(np.diagonal(change[0])))
+    if len(mine) < 2:
         return None
-    others = np.where(own, np.nan, change)[:, mine]
-    return np.nanmean(others, (1, 2)) - np.nanmean(np.where(own, change, np.nan)[:, mine], (1, 2))
+    change, own = change[:, mine][:, :, mine], np.eye(len(mine), dtype=bool)
+    return np.nanmean(change[:, ~own], 1) - np.nanmean(change[:, own], 1)
 
 
 def _mean(values: Sequence[np.ndarray]) -> np.ndarray:

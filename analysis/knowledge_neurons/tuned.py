@@ -21,6 +21,7 @@ from analysis.knowledge_neurons.neurons import Layout, chosen
 from analysis.knowledge_neurons.ranking import GROUPS, Found, groups_of, rankings
 from jaxmodels.errors import UserError
 from jaxmodels.esm.model import Esm
+from train.data.buckets import Bucketed
 from train.enzyme import CLASSES, Labelled
 from train.runtime.run_folder import RunFolder
 
@@ -40,8 +41,8 @@ class Tuned:
     def name(self, name: str) -> str:
         return f"seed{self.number}/{name}"
 
-    def number_of(self, key: str) -> str:
-        """The key of a number of this fine-tuning in results.json."""
+    def key(self, key: str) -> str:
+        """Of a number of this fine-tuning in results.json."""
         return f"seed{self.number}.{key}"
 
     def save(self, name: str, **arrays: Any) -> None:
@@ -50,7 +51,7 @@ class Tuned:
     def load(self, name: str) -> dict[str, np.ndarray] | None:
         return self.run.load_npz(self.name(name))
 
-    def batches(self, part: Labelled) -> list[scores.Batch]:
+    def batches(self, part: Labelled) -> list[Bucketed]:
         return scores.batches_of(part.sequences, self.cfg.score.length, self.cfg.score.tokens)
 
     @functools.cached_property
@@ -82,20 +83,23 @@ def score(one: Tuned) -> Found:
     cfg = one.cfg.score
     todo: list[tuple[str, dict[str, Any]]] = [
         (f"{mode}-{baseline}", {"mode": mode, "mean": None if baseline == "zero" else mean, "steps": cfg.steps,
-                                "max_steps": cfg.max_steps}) for mode in cfg.modes for baseline in cfg.baselines]
+                                "max_steps": cfg.max_steps})
+        for mode in cfg.modes for baseline in (cfg.baselines if mode != "conductance" else ("zero",))]
     todo.append(("grad_x_act", {"mode": "gate", "rule": "end", "steps": 1}))
     for name, options in todo:
         limit = cfg.site_examples if options["mode"] == "site" else cfg.gate_examples
         paths[name] = contributions(one, name, right[chosen(one.train.labels[right], limit)], options)
     count = paths["gate-zero"].count.reshape(2, CLASSES)
-    if (count == 0).all(1).any():
-        raise UserError(f"of the training proteins {len(right)} are classified correctly, too few for two halves; "
-                        "train for longer (enzyme.loop.steps)")
+    if not (count > 0).all(0).any():
+        raise UserError(f"of the training proteins {len(right)} are classified correctly, no two of one class; train "
+                        "for longer (enzyme.loop.steps)")
     told = {"train_right": len(right), "scored_classes": int((count.sum(0) > 0).sum())}
     for name, path in paths.items():
-        told |= {f"seconds_a_protein.{name}": float(path.seconds / path.count.sum()),
-                 f"completeness_error_mean.{name}": float(path.error[1] / path.count.sum())}
-    one.run.write_results({one.number_of(key): value for key, value in told.items()})
+        told[f"seconds_a_protein.{name}"] = float(path.seconds / path.count.sum())
+        if not name.startswith("conductance"):
+            told |= {f"completeness_error_mean.{name}": float(path.error[1] / path.count.sum()),
+                     f"completeness_error_worst.{name}": float(path.error[0])}
+    one.run.write_results({one.key(key): value for key, value in told.items()})
     return Found(moments, paths)
 
 
@@ -124,7 +128,7 @@ def contributions(one: Tuned, name: str, which: np.ndarray, options: dict[str, A
         def after(found: scores.Attributed) -> None:
             one.save(f"scores/{name}", **found._asdict())
             if peak := high_water():
-                one.run.write_results({one.number_of(f"peak_mib.{name}"): peak})
+                one.run.write_results({one.key(f"peak_mib.{name}"): peak})
             advance()
             one.run.check_stop()
 

@@ -18,6 +18,12 @@ class Bucketed:
     tokens: np.ndarray
     index: np.ndarray
 
+    def fill(self, values: np.ndarray, other: int | None = None) -> np.ndarray:
+        """[B]: values of the rows' proteins; of the copies that fill the batch those of the first row, or `other`."""
+        mine = np.asarray(values)[self.index]
+        rest = len(self.tokens) - len(mine)
+        return np.concatenate([mine, np.repeat(mine[:1] if other is None else np.array([other], mine.dtype), rest)])
+
 
 def bucketed(rows: Sequence[np.ndarray], tokens: int = 4096, lengths: Sequence[int] = LENGTHS) -> list[Bucketed]:
     """Batches of about `tokens` tokens of all rows (ids, int32[T]), short ones first; every row is in one.
