@@ -241,15 +241,15 @@ def test_the_tagger():
     for mode in ("site", "gate"):
         found = integrated_gradients(model, inputs, point=("word.conv", "char.conv", "decoder.state"),
                                      target=token_probability([2, 1], [2, 3]), mode=mode, steps=32)
-        for error in jax.tree.leaves(found.error):
-            assert (np.asarray(error) < 1e-5).all()
-        assert np.abs(found.values["word.conv"]).max() > 1e-4
+        for error in jax.tree.leaves(found.error):  # ReLU and the maximum over characters bend the path
+            assert (np.asarray(error) < 1e-4).all()
+        assert max(np.abs(found.end - start).max() for start in jax.tree.leaves(found.start)) > 1e-2
 
 
 @pytest.mark.long
 def test_baselines_of_inputs_that_say_nothing():
     model, tokens = tiny(), proteins(7, 5)
-    special = (tokens < 3)
+    special = tokens < 3
     call = lambda baseline: integrated_gradients(  # noqa: E731
         model, tokens, point=("ffn.hidden",), target=class_probability([0, 3]), options=CLASS, steps=8, mode="gate",
         baseline=baseline)
