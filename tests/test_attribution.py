@@ -1,6 +1,7 @@
 """Integrated gradients: reference arrays, completeness, closed forms, invariances, bad input."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +281,15 @@ def test_the_embedding_and_the_residual_stream():
     change = np.asarray(conductance.end - conductance.start)
     for layer in range(4):  # every full cut carries the whole change
         np.testing.assert_allclose(conductance.values[layer].sum((1, 2)), change, atol=1e-5)
+
+
+@pytest.mark.long
+def test_layers_that_are_computed_again_give_the_same():
+    tokens, call = proteins(7, 5), functools.partial(integrated_gradients, point="ffn.hidden", steps=4, max_steps=4,
+                                                     target=class_probability([0, 3]), options=CLASS)
+    for a, b in zip(*map(jax.tree.leaves, (call(tiny(), tokens), call(tiny(remat="nothing_saveable"), tokens))),
+                    strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.long

@@ -65,10 +65,12 @@ def run_from(groups, cfg, start: jax.Array, x: jax.Array, context: Context, taps
     first, window = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, start, keepdims=False), (params, windows))
     x = layer(x, first, jax.tree.map(lambda a: a[0], taps.layers(0, 1)), window)
 
+    later = _saving(cfg, lambda x, params, window: layer(x, params, NO_TAPS, window), prevent_cse=False)
+
     def step(x, sliced):
         i, params, window = sliced
         # `start` is one number, also under vmap: what is skipped is not computed.
-        return jax.lax.cond(i > start, lambda x: layer(x, params, NO_TAPS, window), lambda x: x, x), None
+        return jax.lax.cond(i > start, lambda x: later(x, params, window), lambda x: x, x), None
 
     return jax.lax.scan(step, x, (jnp.arange(cfg.num_layers), params, windows))[0]
 
@@ -105,10 +107,8 @@ def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
         x, cache = nnx.merge(graphdef, params)(x, context, probe, window, cache)
         return x, (probe.out, cache)
 
-    if cfg.remat != "none":
-        # prevent_cse: inside a scan nothing can undo the recomputation, and the barriers would only cost
-        policy = getattr(jax.checkpoint_policies, cfg.remat)
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=stop - start == 1)
+    # prevent_cse: inside a scan nothing can undo the recomputation, and the barriers would only cost
+    layer = _saving(cfg, layer, prevent_cse=stop - start == 1)
     stacked = (params, taps, windows)
     if stop - start == 1:
         x, (out, cache) = layer(x, (jax.tree.map(lambda a: a[0], stacked), cache))
@@ -116,6 +116,13 @@ def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
     else:
         x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache))
     return x, out, cache
+
+
+def _saving(cfg, layer, prevent_cse):
+    """The layer, of which the way back computes again what ``cfg.remat`` does not keep."""
+    if cfg.remat == "none":
+        return layer
+    return jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, cfg.remat), prevent_cse=prevent_cse)
 
 
 def _windows(cfg, start, stop):
