@@ -16,7 +16,7 @@ from jaxmodels import cli
 from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
 from jaxmodels.text2tree.tree import LabelTree
-from tests.tiny_texts import CODES, LEARNS, bert_folder, run, trained, write
+from tests.tiny_texts import CODES, LEARNS, bert_folder, prepared, run, trained, write
 from train import predict, text2tree
 from train.data.coded_texts import Columns, coded_texts
 from train.runtime.config import resolve
@@ -113,6 +113,13 @@ def test_one_code_a_text(method, tmp_path):
     found = run(tmp_path / "out", write(tmp_path / "notes.csv", multi=False), f"method.name={method}")
     assert "test.model.threshold" not in found and found["test.model.accuracy"] == found["test.model.micro_f1"]
     assert "test.tfidf.accuracy_level_1" in found
+
+
+@pytest.mark.parametrize("method", ["plain", "oversampling"])
+def test_every_method_has_the_same_budget(method, tmp_path):
+    """Texts that oversampling repeats make an epoch no longer."""
+    trial = prepared(tmp_path / "out", write(tmp_path / "notes.csv", multi=False), f"method.name={method}")
+    assert (trial.cfg.loop.steps, trial.cfg.loop.evaluate_every) == (12, 6)  # 2 epochs of 96 texts in batches of 16
 
 
 def test_long_texts_are_read_in_chunks():

@@ -206,7 +206,7 @@ def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, read
     rows: Any = part
     if cfg.method.name == "oversampling":
         rows = Repeated(part, baselines.oversample(labels, cfg.seed))
-    epoch = len(rows) // cfg.data.batch
+    epoch = len(part) // cfg.data.batch  # of the texts there are, not of their repetitions: equal budgets
     cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
     start = build(cfg, source.tree, reader)
     if cfg.method.name == "hiagm":
