@@ -122,6 +122,21 @@ def test_every_method_has_the_same_budget(method, tmp_path):
     assert (trial.cfg.loop.steps, trial.cfg.loop.evaluate_every) == (12, 6)  # 2 epochs of 96 texts in batches of 16
 
 
+@pytest.mark.parametrize("method, ends, chosen", [("plain", 18, 6), ("ldam_drw", None, 54)])
+def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_path):
+    """Of 60 steps in 10 epochs ldam_drw re-weights the last 12; the scores are best before that."""
+    trial = prepared(tmp_path / "out", write(tmp_path / "notes.csv"), f"method.name={method}", "epochs=10",
+                     "patience=2")
+    scores = {6 * (epoch + 1): score for epoch, score in enumerate((9, 8, 7, 6, 5, 4, 3, 2, 1, 0))}
+    over = None
+    for at, score in scores.items():
+        trial.best.scores[at] = score
+        if trial.best.over(at):
+            over = at
+            break
+    assert over == ends and trial.best.step(60) == chosen
+
+
 def test_long_texts_are_read_in_chunks():
     reader = Reader(learned(["some words of a long text"] * 9, 300), None, None, None)
     short, long = "words of a text", " ".join(["some words of a long text"] * 8)

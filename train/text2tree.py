@@ -89,7 +89,7 @@ def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
 def finish(trial: Trial, trained: loop.Trained) -> None:
     """Everything after it: the scores of the model that was best on the development part."""
     cfg, folder = trial.cfg, trial.folder
-    best = max(trial.best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
+    best = trial.best.step(trained.step)
     folder.write_results(experiment.run_numbers(trained, trained.state["params"], trial.task.tokens, 0.0)
                          | {"epochs": trained.step / cfg.loop.evaluate_every, "method": cfg.method.name})
     model = restored(trial.start, folder.dir)
@@ -242,6 +242,8 @@ def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callabl
 class Best:
     """Evaluates on the development part, keeps the best model in ``model.npz`` and says when to stop.
 
+    Of ldam_drw only what was re-weighted counts: before that it is another method, and training does not end there.
+
     The states of its labels, before training and with that model, are kept in ``labels.npz``: the model that is kept
     has none.
     """
@@ -250,6 +252,7 @@ class Best:
                  start: Text2Tree):
         self.cfg, self.folder, self.plan, self.source = cfg, folder, plan, source
         self.inputs = loaded(data, "dev")
+        self.after = baselines.deferred_from(cfg.loop.steps) if cfg.method.name == "ldam_drw" else 0
         self.before = None if start.labels is None else label_states(start.labels)
         self.scores = {line["step"]: line[CHOSEN_BY] for line in folder.metrics() if CHOSEN_BY in line}
 
@@ -268,23 +271,25 @@ class Best:
             labels = text_metrics.one_hot(labels, found.shape[1])
         macro = float(text_metrics.f1(text_metrics.counts(labels, said))["macro_f1"])
         self.scores = {at: score for at, score in self.scores.items() if at < step}
-        if macro > max(self.scores.values(), default=-1.0) and jax.process_index() == 0:
+        self.scores[step] = macro
+        if self.step(step) == step and jax.process_index() == 0:
             arrays = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.for_inference())))
             self.folder.save_npz("model", **{path_name(path): np.asarray(leaf) for path, leaf in arrays})
             if self.before is not None:
                 states, attention = label_states(model.labels)
                 self.folder.save_npz("labels", before=self.before[0], after=states, attention_before=self.before[1],
                                      attention=attention)
-        self.scores[step] = macro
         return {CHOSEN_BY: macro} | ({"dev_threshold": threshold} if self.source.multi_label else {})
 
     def over(self, step: int) -> bool:
         """Whether `patience` evaluations up to `step` brought nothing better."""
-        known = {at: score for at, score in self.scores.items() if at <= step}
-        if not known:
-            return False
-        best = max(known, key=lambda at: (known[at], -at))
-        return sum(at > best for at in known) >= self.cfg.patience
+        best = self.step(step)
+        return best is not None and sum(best < at <= step for at in self.scores) >= self.cfg.patience
+
+    def step(self, until: int) -> int | None:
+        """The first step of the best score up to one, of those that count; None before there is any."""
+        known = {at: score for at, score in self.scores.items() if self.after < at <= until}
+        return max(known, key=lambda at: (known[at], -at), default=None)
 
 
 def path_name(path: Any) -> str:
