@@ -22,8 +22,7 @@ def build(sweep_dir: str | Path) -> Path:
     folder = Path(sweep_dir)
     config, results, _ = read_run(folder)
     trials, unfinished = read_trials(folder)
-    about = config.get("config") or {}
-    report = Report(f"{about.get('experiment')}: {about.get('grid')}", status(results, trials, unfinished))
+    report = Report(title(config, results), status(results, trials, unfinished))
     if not trials:
         report.text("No trial is complete yet.")
         return report.save(folder / "report.html")
@@ -142,8 +141,14 @@ def _points(results: Mapping[str, Any], metrics: list[dict[str, Any]], key: str,
     return [(x, y) for x, y in known if x > 0 and is_number(y)]
 
 
+def title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """The experiment, and the grids that were run in this folder."""
+    about = config.get("config") or {}
+    return f"{about.get('experiment')}: {' and '.join(results.get('grids') or [str(about.get('grid'))])}"
+
+
 def status(results: Mapping[str, Any], trials: Trials, unfinished: list[str]) -> str:
     done = sum(map(len, trials.values()))
-    told = f"{done} of {results.get('trials', done + len(unfinished))} trials complete"
+    told = f"{done} of {max(results.get('trials', 0), done + len(unfinished))} trials complete"
     failed = results.get("failed_trials", 0)
     return told + (f", {failed} failed" if failed else "") + (f"; not: {', '.join(unfinished)}" if unfinished else "")
