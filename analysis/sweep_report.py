@@ -149,6 +149,6 @@ def title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def status(results: Mapping[str, Any], trials: Trials, unfinished: list[str]) -> str:
     done = sum(map(len, trials.values()))
-    told = f"{done} of {max(results.get('trials', 0), done + len(unfinished))} trials complete"
+    told = f"{done} of {results.get('trials', done + len(unfinished))} trials complete"
     failed = results.get("failed_trials", 0)
     return told + (f", {failed} failed" if failed else "") + (f"; not: {', '.join(unfinished)}" if unfinished else "")

@@ -147,3 +147,8 @@ def test_grids():
     labels = sweep.plan("text2tree_mesh", ["grid=labels"]).trials
     assert [trial.config.method.label_encoder for trial in labels] == ["cascade", "gcn", *["cascade"] * 3]
     assert "db" not in [t.variant for t in sweep.plan("text2tree_icd_phrases", ["grid=methods"]).trials]
+    main = sweep.plan("text2tree_mesh", ["grid=main", "preset=tiny", "seeds=2"])
+    assert [trial.variant for trial in main.trials[:6]] == ["plain", "text2tree", "ssl", "dml", "focal", "db"]
+    assert {trial.folder: trial.config for trial in main.trials}.items() <= {
+        trial.folder: trial.config for trial in planned.trials}.items()
+    assert "grid" in main.operational and len(sweep.plan("text2tree_icd_phrases", ["grid=main"]).trials) == 5

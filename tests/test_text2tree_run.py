@@ -35,6 +35,7 @@ def test_it_learns_what_the_words_tell(finished):
     assert results["status"] == "complete" and results["data.classes"] == 5 and results["data.train_texts"] == 96
     assert results["test.model.tuned_macro_f1"] > 0.6 and results["test.tfidf.tuned_macro_f1"] > 0.8
     assert 0.05 <= results["test.model.threshold"] <= 0.95
+    assert not (out / "checkpoints").exists()  # of a finished run nobody asks for them
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["dml"]) and np.isfinite(line["ssl"]) for line in lines)
     assert max(line.get("dev_macro_f1", 0) for line in lines) == next(
@@ -94,6 +95,7 @@ def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
     options = LEARNS
     with pytest.raises(Interrupted):
         run(tmp_path / "out", path, *options, stop_at=13)
+    assert list((tmp_path / "out" / "checkpoints").iterdir())
     again = run(tmp_path / "out", path, *options)
     assert again["chosen_step"] == results["chosen_step"]
     a, b = (np.load(folder / "model.npz") for folder in (whole, tmp_path / "out"))

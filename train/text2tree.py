@@ -5,6 +5,7 @@ the end. Beside the model stands TF-IDF with logistic regression on the same tex
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,15 @@ class Trial:
 def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     """Trains or finishes one classifier in a run folder."""
     experiment.run(cfg, folder, prepare, finish)
+    drop_checkpoints(folder)
 
 
 def run_together(cfgs: Sequence[Text2TreeRun], folders: Sequence[RunFolder]) -> list[Exception | None]:
     """`run` of classifiers that differ in their seeds, trained in lockstep: see `experiment.run_together`."""
-    return experiment.run_together(cfgs, folders, prepare, finish)
+    ends = experiment.run_together(cfgs, folders, prepare, finish)
+    for folder in folders:
+        drop_checkpoints(folder)
+    return ends
 
 
 def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
@@ -96,6 +101,12 @@ def finish(trial: Trial, trained: loop.Trained) -> None:
     if jax.process_index() == 0:
         found = numbers(cfg, folder, trial.source, trial.data, model)
         folder.write_results(found | {"chosen_step": best, "finished": True})
+
+
+def drop_checkpoints(folder: RunFolder) -> None:
+    """Of a run at its end, which nobody asks for any more: up to a gigabyte, and a sweep has dozens of runs."""
+    if folder.writes and folder.results().get("finished") and (folder.dir / "model.npz").exists():
+        shutil.rmtree(folder.dir / "checkpoints", ignore_errors=True)
 
 
 def read(cfg: Text2TreeRun) -> CodedTexts:
