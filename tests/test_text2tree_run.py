@@ -124,6 +124,17 @@ def test_every_method_has_the_same_budget(method, tmp_path):
     assert (trial.cfg.loop.steps, trial.cfg.loop.evaluate_every) == (12, 6)  # 2 epochs of 96 texts in batches of 16
 
 
+def test_what_is_amiss_is_told_once(tmp_path, capsys):
+    path = write(tmp_path / "notes.csv", multi=False)
+    with open(path, "a") as file:
+        file.write("bare,,test\n")
+    for out in ("a", "b"):
+        prepared(tmp_path / out, path, "method.name=plain")
+        results = json.loads((tmp_path / out / "results.json").read_text())
+        assert results["data.multi_label"] and results["data.texts_without_code"] == 1
+    assert capsys.readouterr().err.count(f"path:{path}: 1 texts have no code") == 1
+
+
 @pytest.mark.parametrize("method, ends, chosen", [("plain", 18, 6), ("ldam_drw", None, 54)])
 def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_path):
     """Of 60 steps in 10 epochs ldam_drw re-weights the last 12; the scores are best before that."""

@@ -5,7 +5,9 @@ the end. Beside the model stands TF-IDF with logistic regression on the same tex
 """
 
 import dataclasses
+import functools
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,11 @@ def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
     reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir, start)
     if now := fingerprint(cfg.encoder):
         folder.write_results({ENCODER: now})
-    folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
+    folder.write_results({f"data.{name}": value for name, value in source.counts.items()}
+                         | {"data.multi_label": source.multi_label})
+    if folder.writes:
+        for line in source.warnings():
+            tell(f"{cfg.data.name}: {line}")
     folder.save_npz("classes", **tree_arrays(source.tree), multi_label=source.multi_label)
     data = prepare_data(cfg, folder, source, reader, start)
     return plan_training(cfg, folder, source, reader, data, mesh)
@@ -122,6 +128,11 @@ def read(cfg: Text2TreeRun) -> CodedTexts:
         raise UserError(f"data.batch={data.batch} is more than the {len(source.parts['train'])} training texts; lower "
                         "it")
     return source
+
+
+@functools.cache  # of the trials of a sweep the first tells
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def check_encoder(cfg: Text2TreeRun, folder: Path) -> None:
