@@ -22,8 +22,7 @@ def build(sweep_dir: str | Path) -> Path:
     folder = Path(sweep_dir)
     config, results, _ = read_run(folder)
     trials, unfinished = read_trials(folder)
-    about = config.get("config") or {}
-    report = Report(f"{about.get('experiment')}: {about.get('grid')}", status(results, trials, unfinished))
+    report = Report(title(config, results), status(results, trials, unfinished))
     if not trials:
         report.text("No trial is complete yet.")
         return report.save(folder / "report.html")
@@ -140,6 +139,12 @@ def _points(results: Mapping[str, Any], metrics: list[dict[str, Any]], key: str,
         places = np.array([line.get("step", 0) for line in metrics]) * results.get("step_seconds_median", 0) / 60
     known = [(float(x), line.get(key)) for x, line in zip(places, metrics, strict=True)]
     return [(x, y) for x, y in known if x > 0 and is_number(y)]
+
+
+def title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """The experiment, and the grids that were run in this folder."""
+    about = config.get("config") or {}
+    return f"{about.get('experiment')}: {' and '.join(results.get('grids') or [str(about.get('grid'))])}"
 
 
 def status(results: Mapping[str, Any], trials: Trials, unfinished: list[str]) -> str:

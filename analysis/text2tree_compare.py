@@ -5,6 +5,7 @@ the means over seeds; their intervals and p come from drawing the test texts ane
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from analysis import sweep_report
 from analysis.report import style
 from analysis.report.generic import read_run
 from analysis.report.html import Report
-from analysis.text2tree_report import THIRDS, Arrays, decisions, spelled
+from analysis.text2tree_report import THIRDS, decisions, spelled
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree.tree import LabelTree
 from train import text_metrics
@@ -24,31 +25,50 @@ from train.text2tree_config import OURS
 from train.text_labels import tree_from
 
 PLAIN, TFIDF = "plain", "TF-IDF"
-NUMBERS = {"micro-F1": "micro_f1", "macro-F1": "macro_f1", "tail macro-F1": "macro_f1_tail"}
+NUMBERS = {"macro-F1": "macro_f1", "micro-F1": "micro_f1", "tail macro-F1": "macro_f1_tail", "P@5": "p_at_5"}
+TESTED = ("macro-F1", "tail macro-F1", "micro-F1")
+RANKINGS = ("p_at_5",)  # which no threshold changes
 DRAWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row. variant: the chosen of as many as were tried; results, and what was said bool[n, K], by seed; truth is
-    the same for all methods that are compared."""
+    """One row: a variant of a method, the chosen of as many as were tried where it stands for the method.
+
+    By seed: results; drawn, its F1s on resampled texts (`text_metrics.resampled_f1`), the same ones for all that are
+    compared; each float[K], F1 of the classes; dev, the macro-F1 on the development part by which its model was chosen.
+    """
 
     name: str
-    tried: int
     variant: str
     results: dict[str, dict[str, Any]]
-    said: dict[str, np.ndarray]
-    truth: np.ndarray
+    drawn: dict[str, dict[str, np.ndarray]]
+    each: dict[str, np.ndarray]
+    dev: dict[str, float]
+    tried: int = 1
     own: str = "model"  # under which name its numbers stand in the results
 
-    def values(self, key: str) -> np.ndarray:
-        """Of one metric, at the threshold that was tuned if there is one: a value a seed."""
-        return np.array([results.get(f"test.{self.own}.{prefix(results)}{key}", np.nan)
-                         for results in self.results.values()])
+    def values(self, key: str, tuned: bool = True, seeds: Iterable[str] | None = None) -> np.ndarray:
+        """Of one metric, a value a seed; tuned: at the threshold that was tuned, if there is one, else at 0.5."""
+        chosen = self.results.values() if seeds is None else [self.results[seed] for seed in seeds]
+        return np.array([results.get(f"test.{self.own}.{prefix(results) if tuned and key not in RANKINGS else ''}{key}",
+                                     np.nan) for results in chosen])
 
     def class_f1(self) -> np.ndarray:
         """float[K], the mean over seeds."""
-        return np.mean([text_metrics.class_f1(text_metrics.counts(self.truth, said)) for said in self.said.values()], 0)
+        return np.mean(list(self.each.values()), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """methods: by name, plain first and TF-IDF last. variants: every one of every method. there bool[K]: the classes
+    that the test part has."""
+
+    methods: dict[str, Method]
+    variants: tuple[Method, ...]
+    tree: LabelTree
+    train_counts: np.ndarray
+    there: np.ndarray
 
 
 def prefix(results: dict[str, Any]) -> str:
@@ -60,105 +80,160 @@ def build(sweep_dir: str | Path) -> Path:
     folder = Path(sweep_dir)
     config, results, _ = read_run(folder)
     trials, unfinished = sweep_report.read_trials(folder)
-    about = config.get("config") or {}
-    report = Report(f"{about.get('experiment')}: {about.get('grid')}", sweep_report.status(results, trials, unfinished))
+    report = Report(sweep_report.title(config, results), sweep_report.status(results, trials, unfinished))
     if not trials:
         report.text("No trial is complete yet.")
         return report.save(folder / "report.html")
-    found, classes, train_counts = read_methods(folder, trials)
-    plain = found.get(PLAIN)
-    rows = [row(method, plain, text_metrics.buckets(train_counts)) for method in found.values()]
+    found = read_methods(folder, trials)
+    methods, plain = list(found.methods.values()), found.methods.get(PLAIN)
+    several = any(prefix(results) for seeds in trials.values() for results, _ in seeds.values())
+    rows = [row(method) for method in methods]
     report.section("Methods", "On the test part; ± is the standard deviation over seeds (n - 1). Of several settings "
-                   "of one method the one of the best macro-F1 on the development part stands here. " + (
-                       "Differences are from plain fine-tuning: 95 % intervals and p, the share of draws of the test "
-                       "texts in which the method is not better." if plain else "Without a trial of method.name=plain "
-                       "there is nothing to take differences from."))
+                   "of one method the one of the best macro-F1 on the development part stands here." + (
+                       " A code is given above one threshold, the best of 19 for macro-F1 on the development part, "
+                       "TF-IDF's too: micro-F1 is told where it was not tuned for. P@5 has no threshold."
+                       if several else "") + what_is_read(folder, trials))
     report.table(rows, caption="One row a method.", name="methods")
-    if plain and "text2tree" in found:
+    if plain and "text2tree" in found.methods:
         report.text(verdict(*(next(row for row in rows if row["method"] == name) for name in ("text2tree", PLAIN))))
-    _buckets(report, list(found.values()), train_counts)
-    ours = next((found[name] for name in OURS if name in found), None)
+    _differences(report, methods, plain, found.methods[TFIDF])
+    if len(found.variants) > len(methods) - 1:
+        _variants(report, found.variants, plain)
+    if several:
+        report.section("At a threshold of 0.5", "The same models, without a threshold that was tuned.")
+        report.table([{"method": method.name} | spread(method, TESTED, tuned=False) for method in methods],
+                     caption="One row a method.", name="untuned")
+    _buckets(report, methods, found.train_counts)
+    ours = next((found.methods[name] for name in OURS if name in found.methods), None)
     if plain and ours:
-        _tree(report, ours, plain, classes)
+        _tree(report, ours, plain, found)
     report.section("Every trial", "Each has its own report in its folder.")
-    report.table([{"variant": variant, "seed": seed, **{name: results.get(f"test.model.{prefix(results)}{key}")
-                                                        for name, key in NUMBERS.items()},
-                   "epochs": results.get("epochs"), "minutes": results.get("seconds", 0) / 60}
-                  for variant, seeds in trials.items() for seed, (results, _) in seeds.items()], name="trials")
+    report.table([_trial(variant, seed, *trial) for variant, seeds in trials.items() for seed, trial in seeds.items()],
+                 name="trials")
     return report.save(folder / "report.html")
 
 
-def read_methods(folder: Path, trials: sweep_report.Trials) -> tuple[dict[str, Method], LabelTree, np.ndarray]:
-    """(methods by name, plain first and TF-IDF last; the tree; training texts of each class).
-
-    Trials on other test texts than the first trial's are left out: nothing about them can be compared.
-    """
-    variants: dict[str, dict[str, dict[str, Path]]] = {}
-    for variant, seeds in trials.items():
-        for seed in seeds:
-            place = folder / variant / f"seed-{seed}"
-            name = read_run(place)[0]["config"]["method"]["name"]
-            variants.setdefault(name, {}).setdefault(variant, {})[seed] = place
-    first = next(place for seeds in variants.values() for places in seeds.values() for place in places.values())
+def read_methods(folder: Path, trials: sweep_report.Trials) -> Found:
+    """Trials on other test texts than the first trial's are left out: nothing about them can be compared."""
+    places = {(variant, seed): folder / variant / f"seed-{seed}" for variant, seeds in trials.items() for seed in seeds}
+    first = next(iter(places.values()))
     base, classes = (load_npz(first / f"{name}.npz") for name in ("predictions", "classes"))
     if base is None or classes is None:
         raise UserError(f"{first}: predictions.npz or classes.npz is missing or damaged; remove the trial and run the "
                         "sweep again")
     truth, tfidf = decisions(base, "tfidf")
+    masks = text_metrics.buckets(base["counts"])
+
+    def measured(said: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return (text_metrics.resampled_f1(truth, said, masks, draws=DRAWS),
+                text_metrics.class_f1(text_metrics.counts(truth, said)))
+
+    variants: dict[str, list[Method]] = {}
+    for variant, seeds in trials.items():
+        here: dict[str, tuple] = {}
+        for seed in seeds:
+            saved = load_npz(places[variant, seed] / "predictions.npz")
+            own, said = (None, None) if saved is None else decisions(saved, "model")
+            if np.array_equal(own, truth):
+                results, lines = seeds[seed]
+                here[seed] = results, *measured(said), dev_score(results, lines)
+        if here:
+            name = read_run(places[variant, next(iter(here))])[0]["config"]["method"]["name"]
+            fields = [dict(zip(here, values, strict=True)) for values in zip(*here.values(), strict=True)]
+            variants.setdefault(name, []).append(Method(name, variant, *fields))
     found = {}
     for name in sorted(variants, key=lambda name: name != PLAIN):
-        chosen = max(variants[name], key=lambda variant: np.mean([dev_score(lines) for _, lines in
-                                                                  trials[variant].values()]))
-        said = {seed: saved for seed, place in variants[name][chosen].items()
-                if (saved := _said(place, truth)) is not None}
-        if said:
-            found[name] = Method(name, len(variants[name]), chosen, {seed: trials[chosen][seed][0] for seed in said},
-                                 said, truth)
-    one = next(iter(next(iter(found.values())).results.items()))
-    found[TFIDF] = Method(TFIDF, 1, "", dict([one]), {one[0]: tfidf}, truth, "tfidf")
-    return found, tree_from(classes), base["counts"]
+        best = max(variants[name], key=lambda method: np.mean(list(method.dev.values())))
+        found[name] = dataclasses.replace(best, tried=len(variants[name]))
+    seed, results = next(iter(next(iter(found.values())).results.items()))
+    drawn, each = measured(tfidf)
+    found[TFIDF] = Method(TFIDF, "", {seed: results}, {seed: drawn}, {seed: each}, {}, own="tfidf")
+    every = tuple(method for methods in variants.values() for method in methods)
+    return Found(found, every, tree_from(classes), base["counts"], truth.any(0))
 
 
-def dev_score(lines: list[dict[str, Any]]) -> float:
-    """The best macro-F1 on the development part, which is what a trial chose its model by."""
-    return max((line["dev_macro_f1"] for line in lines if "dev_macro_f1" in line), default=0.0)
+def dev_score(results: dict[str, Any], lines: list[dict[str, Any]]) -> float:
+    """The macro-F1 on the development part of the model that was kept."""
+    return next((line["dev_macro_f1"] for line in lines if line["step"] == results.get("chosen_step")
+                 and "dev_macro_f1" in line), 0.0)
 
 
-def _said(place: Path, truth: np.ndarray) -> np.ndarray | None:
-    saved: Arrays | None = load_npz(place / "predictions.npz")
-    if saved is None:
-        return None
-    own, said = decisions(saved, "model")
-    return said if np.array_equal(own, truth) else None
+def what_is_read(folder: Path, trials: sweep_report.Trials) -> str:
+    """Of a text, by the models and by TF-IDF."""
+    data = [read_run(folder / variant / f"seed-{seed}")[0]["config"].get("data", {})
+            for variant, seeds in trials.items() for seed in seeds]
+    lengths = sorted({one["length"] for one in data if one.get("chunks") == 1})
+    if not lengths:
+        return ""
+    return (f" TF-IDF reads whole texts, a model with data.chunks=1 their first {' or '.join(map(str, lengths))} "
+            "tokens (data.length): where texts are longer, part of a difference from TF-IDF is that.")
 
 
-def row(method: Method, plain: Method | None, masks: dict[str, np.ndarray]) -> dict[str, Any]:
+def row(method: Method) -> dict[str, Any]:
     """What the table says of a method."""
-    out: dict[str, Any] = {"method": method.name, "settings tried": method.tried, "setting": method.variant,
-                           "seeds": len(method.said)}
-    for name, key in NUMBERS.items():
-        values = method.values(key)
-        out |= {name: float(values.mean()), f"± {name}": float(values.std(ddof=1)) if len(values) > 1 else None}
-    for name, mask in (("macro-F1", None), ("tail macro-F1", masks["tail"])):
-        tested = compared(method, plain, mask) if plain and method is not plain else {}
-        out |= {f"{name} - plain": tested.get("difference"), f"{name}, low": tested.get("low"),
-                f"{name}, high": tested.get("high"), f"{name}, p": tested.get("p")}
+    return {"method": method.name, **spread(method), "seeds": len(method.results), "settings tried": method.tried,
+            "setting": method.variant}
+
+
+def spread(method: Method, names: Iterable[str] = tuple(NUMBERS), tuned: bool = True) -> dict[str, Any]:
+    """Means and standard deviations over seeds of the numbers that there are."""
+    out: dict[str, Any] = {}
+    for name in names:
+        values = method.values(NUMBERS[name], tuned)
+        if not np.isnan(values).all():
+            out |= {name: float(values.mean()), f"± {name}": float(values.std(ddof=1)) if len(values) > 1 else None}
     return out
 
 
-def compared(method: Method, plain: Method, classes: np.ndarray | None) -> dict[str, float]:
-    """`paired_bootstrap` of the means over seeds: seeds that both have, or all of the one with more where one has but
-    one (TF-IDF has no chance in it). Seeds lie side by side as further classes, so a text is drawn for all at once."""
-    common = [seed for seed in method.said if seed in plain.said]
-    if min(len(method.said), len(plain.said)) == 1:
-        pairs = [(a, b) for a in method.said.values() for b in plain.said.values()]
-    else:
-        pairs = [(method.said[seed], plain.said[seed]) for seed in common]
-    if not pairs:
-        return {}
-    return text_metrics.paired_bootstrap(
-        np.tile(plain.truth, len(pairs)), *(np.hstack(side) for side in zip(*pairs, strict=True)), draws=DRAWS,
-        classes=None if classes is None else np.tile(classes, len(pairs)))
+def compared(method: Method, base: Method, name: str) -> dict[str, float] | None:
+    """`paired_bootstrap` of the means over the seeds that both have, or over all of either where one has but one:
+    TF-IDF has no chance in it. None where they share no seed."""
+    seeds: list[Iterable[str]] = [method.results, base.results]
+    if min(map(len, seeds)) > 1:
+        common = [seed for seed in method.results if seed in base.results]
+        seeds = [common, common]
+    if not seeds[0]:
+        return None
+    sides = list(zip((method, base), seeds, strict=True))
+    means = [one.values(NUMBERS[name], seeds=some).mean() for one, some in sides]
+    drawn = [np.mean([one.drawn[seed][NUMBERS[name]] for seed in some], 0) for one, some in sides]
+    return text_metrics.paired_bootstrap(means[0] - means[1], *drawn)
+
+
+def _differences(report: Report, methods: list[Method], *bases: Method | None) -> None:
+    report.section("Differences", "Between means over seeds: over those that both have, or over all where one has a "
+                   "single one. Intervals of 95 % and p, the share of draws in which the method is not better, come "
+                   "from drawing the test texts anew, the same for both. They do not hold the spread over seeds: what "
+                   "is smaller than the ± above may be the seeds' doing, however small its p, and one seed does not "
+                   "show it." + ("" if bases[0] else " Without a trial of method.name=plain there are none from plain "
+                                                     "fine-tuning."))
+    for base in filter(None, bases):
+        rows = [{"method": method.name, "number": name, **tested} for method in methods for name in TESTED
+                if method is not base and (tested := compared(method, base, name))]
+        what = "plain fine-tuning" if base.name == PLAIN else base.name
+        report.table(rows, caption=f"From {what}.", name=f"from-{base.name}")
+
+
+def _variants(report: Report, variants: tuple[Method, ...], plain: Method | None) -> None:
+    base = plain or variants[0]
+    report.section("Every variant", "Also those that were not chosen, in the order of their methods; differences are "
+                   f"from the variant `{base.variant}`, as above.")
+    rows = [{"variant": one.variant, "method": one.name, "seeds": len(one.results),
+             "development macro-F1": float(np.mean(list(one.dev.values()))), **spread(one)} for one in variants]
+    report.table(rows, caption="Means over seeds and their spread.", name="variants")
+    rows = [{"variant": one.variant, "number": name, **tested} for one in variants for name in TESTED
+            if one.variant != base.variant and (tested := compared(one, base, name))]
+    report.table(rows, caption=f"Differences from {base.variant}.", name="variants-differences")
+
+
+def _trial(variant: str, seed: str, results: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the last table says of a trial."""
+    numbers = {name: results.get(f"test.model.{'' if key in RANKINGS else prefix(results)}{key}")
+               for name, key in NUMBERS.items()}
+    return {"variant": variant, "seed": seed, **{name: value for name, value in numbers.items() if value is not None},
+            "development macro-F1": dev_score(results, lines),
+            **({"threshold": results.get("test.model.threshold")} if prefix(results) else {}),
+            "epochs": results.get("epochs"), "minutes": results.get("seconds", 0) / 60}
 
 
 def verdict(ours: dict[str, Any], plain: dict[str, Any]) -> str:
@@ -173,16 +248,14 @@ def verdict(ours: dict[str, Any], plain: dict[str, Any]) -> str:
 
 
 def _buckets(report: Report, found: list[Method], train_counts: np.ndarray) -> None:
-    masks, rows = text_metrics.buckets(train_counts), []
+    rows = []
     for method in found:
-        seeds = len(method.said)
-        ends = text_metrics.bootstrap_f1(np.tile(method.truth, seeds), np.hstack(list(method.said.values())),
-                                         {name: np.tile(mask, seeds) for name, mask in masks.items()}, draws=DRAWS)
-        for bucket in masks:
-            low, high = ends[f"macro_f1_{bucket}"]
+        for bucket in text_metrics.buckets(train_counts):
+            key = f"macro_f1_{bucket}"
+            low, high = text_metrics.interval(np.mean([drawn[key] for drawn in method.drawn.values()], 0))
             if not np.isnan(low):
-                rows.append({"method": method.name, "codes": bucket, "macro-F1": float(np.mean(
-                    method.values(f"macro_f1_{bucket}"))), "low": low, "high": high})
+                rows.append({"method": method.name, "codes": bucket, "macro-F1": float(np.mean(method.values(key))),
+                             "low": low, "high": high})
     report.section("Rare and frequent codes", "Macro-F1, the mean over seeds, of thirds of the codes by their number "
                    "of training texts, and of bins of that number. Lines are 95 % intervals over the test texts.")
     for title, thirds in (("thirds", True), ("bins of training texts", False)):
@@ -207,10 +280,10 @@ def _points(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _tree(report: Report, ours: Method, plain: Method, tree: LabelTree) -> None:
+def _tree(report: Report, ours: Method, plain: Method, found: Found) -> None:
     """Every node as a stripe over the codes below it, coloured by their mean gain."""
-    there = ours.truth.any(0)
-    gain = np.where(there, ours.class_f1() - plain.class_f1(), np.nan)
+    tree = found.tree
+    gain = np.where(found.there, ours.class_f1() - plain.class_f1(), np.nan)
     order = np.lexsort(tree.paths.T[::-1])  # depth first: the codes below a node lie side by side
     paths = tree.paths[order, 1:].T  # [D, K]
     values, rows = np.full(paths.shape, np.nan), []

@@ -4,7 +4,8 @@
 
     jaxmodels run text2tree_mesh
     jaxmodels run text2tree_mesh method.name=plain
-    jaxmodels sweep text2tree_mesh grid=methods seeds=3        # all methods; grid=paper: 16 settings of one
+    jaxmodels sweep text2tree_mesh grid=methods                # all methods; grid=paper: 16 settings of one
+    jaxmodels sweep text2tree_mesh grid=main seeds=3           # those that matter, in the same folder
     jaxmodels run text2tree_mesh preset=tiny                   # under a minute: checks an installation
 """
 

@@ -47,6 +47,27 @@ def test_one_code_each_is_multi_class(tmp_path):
     assert found.train_counts.tolist() == [8, 8]
 
 
+def test_a_text_without_a_code_makes_all_multi_label_and_is_told_of(tmp_path):
+    rows = [f"text {i},{CODES[i % 2]},{('train', 'train', 'dev', 'test')[i // 2 % 4]}" for i in range(32)]
+    found = coded_texts(write(tmp_path / "a.csv", [*rows, "bare,,test"]), columns=Columns(split="split"))
+    assert found.multi_label and found.counts["texts_without_code"] == 1
+    (line,) = found.warnings()
+    assert line.startswith("1 texts have no code, and the others one: texts are taken to have any number of codes")
+    several = coded_texts(write(tmp_path / "a.csv", [*rows, "bare,,test", "two,B20;I10,test"]),
+                          columns=Columns(split="split"))
+    assert several.warnings() == ["2 codes are on no training text, so they are never given"]
+
+
+def test_what_a_reader_must_know(tmp_path):
+    rows = [f"text {i},{CODES[i % 2]},{('train', 'train', 'dev', 'test')[i // 2 % 4]}" for i in range(32)]
+    assert coded_texts(write(tmp_path / "a.csv", rows), columns=Columns(split="split")).warnings() == []
+    more = [" ,I10,train", "text 0,A41.9,dev", "Text  1,A41.9,test", "text 2,A41.9,test", "odd,I10,test"]
+    assert coded_texts(write(tmp_path / "a.csv", [*rows, *more]), columns=Columns(split="split")).warnings() == [
+        "1 dev and 2 test texts are in the training part too",
+        "1 codes are on no training text, so they are never given",
+        "1 test texts have a code that is left out, and are left out too", "1 rows have no text, and are left out"]
+
+
 def test_without_a_split_the_text_decides(tmp_path):
     rows = [f"text {i},{CODES[i % 4]};B20" for i in range(400)]
     found = coded_texts(write(tmp_path / "a.csv", rows, "text,labels"))
@@ -60,8 +81,11 @@ def test_without_a_split_the_text_decides(tmp_path):
     ("text,labels", [], "has no row with a text"),
     ("text,labels", ["some text,"], "holds no code"),
     ("text,labels", ["cut short"], "1 rows have too few columns, lines 2"),
+    ("text,labels", ["a,A41.9", "cut, in two,A41.9", "b,B20", "c,B20,"], "2 rows have too many columns, lines 3, 5"),
     ("text,labels", ["a,A41.9", "b,401.9"], "ICD-9 and ICD-10 codes are mixed"),
-    ("text,labels", ["a,A41.9", "b,A41.0", "c,A419"], "did you mean 'A41.9'"),
+    ("text,labels", ["a,A41.9", "b,A41.0", "c,A419"], r"'A419', once \(did you mean 'A41.9'"),
+    ("text,labels", ["a,A41.9;b20", "b,A41.0;A419", "c,A419", "d,I10", "e,I11"],
+     r"'A419', 2 times \(did you mean 'A41.9'\?\); 'b20', once \(did"),
     ("text,labels", ["a,A41.9 B20"] * 3, "has no "),
 ])
 def test_bad_files(tmp_path, header, rows, message):
@@ -81,11 +105,13 @@ def test_bad_names_splits_trees_and_bytes(tmp_path):
     with pytest.raises(UserError, match="data.tree=trees is not"):
         coded_texts(name, columns=Columns(split="split"), tree="trees")
     (tmp_path / "tree.tsv").write_text("code\tparent\nroot\t\nA41.9\troot\nB20\troot\nI10\troot\n")
-    with pytest.raises(UserError, match="1 of 4 classes are not in the tree"):
+    with pytest.raises(UserError, match="1 of 4 classes are not in the tree: 'A41.0', 13 times"):
         coded_texts(name, columns=Columns(split="split"), tree=str(tmp_path / "tree.tsv"))
     text = "\n".join(["text,labels,split", *rows_of()]).encode()
     (tmp_path / "a.csv").write_bytes(text + b"\nbad \xff byte,B20,train")
-    assert coded_texts(name, columns=Columns(split="split")).counts["invalid_utf8"] == 1
+    found = coded_texts(name, columns=Columns(split="split"))
+    assert found.counts["invalid_utf8"] == 1
+    assert found.warnings() == ["1 byte sequences are not UTF-8, and were replaced"]
 
 
 def test_names_of_codes(tmp_path, monkeypatch):

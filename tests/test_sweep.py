@@ -101,6 +101,31 @@ def test_one_folder_one_report_and_more_seeds_later(tmp_path, capsys):
     assert "another config" in capsys.readouterr().err
 
 
+def test_several_grids_in_one_folder(tmp_path, capsys, monkeypatch):
+    """Where the experiment allows it: trials are shared by name, and the report is over all."""
+    out = tmp_path / "s"
+    one = {"few": {"small": {"inner.size": 2}, "medium": {"inner.size": 3}}, "odd": {"small": {"inner.size": 4}}}
+    monkeypatch.setattr(tiny_experiment, "GRIDS", {**tiny_experiment.GRIDS, **one})
+    words = ["sweep", TINY, "preset=tiny", "--out", str(out)]
+    assert cli.main([*words, "grid=sizes"]) == 0
+    assert cli.main([*words, "grid=few"]) == 2
+    assert "another config (grid: 'sizes' -> 'few')" in capsys.readouterr().err
+    monkeypatch.setattr(tiny_experiment.Config, "share_grids", True, raising=False)
+    before = (out / "small" / "seed-0" / "results.json").read_bytes()
+    assert cli.main([*words, "grid=few", "seeds=2"]) == 0
+    assert (out / "small" / "seed-0" / "results.json").read_bytes() == before
+    assert sorted(str(path.relative_to(out)) for path in out.glob("*/seed-*")) == [
+        "large/seed-0", "medium/seed-0", "medium/seed-1", "small/seed-0", "small/seed-1"]
+    assert results(out)["trials"] == 5 and results(out)["grids"] == ["sizes", "few"]
+    page = (out / "report.html").read_text()
+    assert "5 of 5 trials complete" in page and "tiny_experiment: sizes and few" in page and "medium − small" in page
+    capsys.readouterr()
+    assert cli.main([*words, "grid=few", "units=1"]) == 2
+    assert "another config" in capsys.readouterr().err
+    assert cli.main([*words, "grid=odd"]) == 2  # a variant of the same name that is another
+    assert "inner.size: 2 -> 4" in capsys.readouterr().err
+
+
 def test_a_trial_that_fails_does_not_stop_the_others(tmp_path, capsys):
     out = tmp_path / "s"
     assert cli.main(["sweep", TINY, "grid=note=bug,plain", "preset=tiny", "--out", str(out)]) == 1

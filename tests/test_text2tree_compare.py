@@ -1,5 +1,6 @@
 """Intervals, calibration, and the comparison of the methods of a sweep."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,15 +34,6 @@ def test_intervals_hold_the_value_and_shrink_with_texts():
     assert text_metrics.bootstrap_f1(truth, truth, masks, draws=20)["macro_f1"] == (1, 1)
 
 
-def test_seeds_side_by_side_are_their_mean():
-    """The comparison lays the seeds of a method beside each other as further classes."""
-    truth, good, bad = some()
-    both = text_metrics.paired_bootstrap(np.tile(truth, 2), np.hstack([good, bad]), np.hstack([bad, bad]), draws=200)
-    one = text_metrics.paired_bootstrap(truth, good, bad, draws=200)
-    assert both["difference"] == pytest.approx(one["difference"] / 2)
-    assert both["low"] == pytest.approx(one["low"] / 2, abs=1e-6) and both["p"] == one["p"] < 0.05
-
-
 def test_calibration():
     r = np.random.default_rng(0)
     scores = r.random(20000)
@@ -54,18 +46,22 @@ def test_calibration():
 CODES = ("A41.0", "A41.9", "B20", "B20.1", "C11.5", "C12")
 
 
-def trial(folder, method, seed, truth, said, dev=0.5, status="complete", **changed):
+def trial(folder, method, seed, truth, said, dev=0.5, status="complete", chunks=1, **changed):
     folder.mkdir(parents=True)
-    config = {"method": {"name": method, **changed}, "seed": seed}
+    config = {"method": {"name": method, **changed}, "data": {"length": 128, "chunks": chunks}, "seed": seed}
     (folder / "config.json").write_text(json.dumps({"name": "text2tree", "config": config}))
     masks = text_metrics.buckets(np.arange(1, 7))
-    results = {"status": status, "seconds": 60.0}
+    results = {"status": status, "seconds": 60.0, "chosen_step": 1, "test.model.threshold": 0.15 + 0.05 * seed,
+               "test.tfidf.p_at_5": 0.5}
     for name, one in (("model", said), ("tfidf", truth)):
         counted = text_metrics.counts(truth, one)
         numbers = text_metrics.f1(counted) | text_metrics.bucket_f1(counted, masks)
         results |= {f"test.{name}.tuned_{key}": float(value) for key, value in numbers.items()}
+        results |= {f"test.{name}.{key}": float(value) / 2 for key, value in numbers.items()}  # at 0.5
+        results |= {f"test.{name}.p_at_5": 0.25 + 0.05 * seed} if name == "model" else {}
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "dev_macro_f1": dev}) + "\n")
+    lines = [{"step": 1, "dev_macro_f1": dev}, {"step": 2, "dev_macro_f1": 0.99}]  # ldam_drw may not choose the best
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     np.savez(folder / "predictions.npz", labels=truth, counts=np.arange(1, 7), model_said=said, tfidf_said=truth)
     np.savez(folder / "classes.npz", **tree_arrays(LabelTree.from_codes(CODES)))
 
@@ -85,27 +81,60 @@ def swept(tmp_path):
     return tmp_path
 
 
+def found_in(folder):
+    return text2tree_compare.read_methods(folder, text2tree_compare.sweep_report.read_trials(folder)[0])
+
+
 def test_a_sweep_is_compared_method_by_method(swept):
-    trials, unfinished = text2tree_compare.sweep_report.read_trials(swept)
-    assert unfinished == ["db/seed-0"]
-    found, tree, train_counts = text2tree_compare.read_methods(swept, trials)
-    assert list(found) == ["plain", "text2tree", "TF-IDF"] and tree.classes == CODES
-    masks = text_metrics.buckets(train_counts)
-    plain, ours, tfidf = (text2tree_compare.row(found[name], found["plain"], masks) for name in found)
-    assert plain["macro-F1 - plain"] is None and plain["seeds"] == 3 and plain["± macro-F1"] > 0
-    assert (ours["settings tried"], ours["setting"]) == (2, "gamma=0.2") and ours["macro-F1, p"] < 0.01
-    assert ours["macro-F1 - plain"] == pytest.approx(ours["macro-F1"] - plain["macro-F1"])
-    assert ours["tail macro-F1 - plain"] == pytest.approx(ours["tail macro-F1"] - plain["tail macro-F1"])
-    assert ours["macro-F1, low"] < ours["macro-F1 - plain"] < ours["macro-F1, high"]
+    assert text2tree_compare.sweep_report.read_trials(swept)[1] == ["db/seed-0"]
+    found = found_in(swept)
+    assert list(found.methods) == ["plain", "text2tree", "TF-IDF"] and found.tree.classes == CODES
+    assert [one.variant for one in found.variants] == ["plain", "gamma=0.1", "gamma=0.2"]
+    plain, ours, tfidf = map(text2tree_compare.row, found.methods.values())
+    assert plain["seeds"] == 3 and plain["± macro-F1"] > 0
+    assert (ours["settings tried"], ours["setting"]) == (2, "gamma=0.2")
     assert tfidf["macro-F1"] == 1 and tfidf["seeds"] == 1 and tfidf["± macro-F1"] is None
-    assert tfidf["macro-F1 - plain"] == pytest.approx(1 - plain["macro-F1"])
+    assert ours["P@5"] == pytest.approx(0.3) and ours["± P@5"] == pytest.approx(0.05) and tfidf["P@5"] == 0.5
+    assert text2tree_compare.spread(found.methods["plain"], tuned=False)["macro-F1"] == plain["macro-F1"] / 2
     assert "as expected" in text2tree_compare.verdict(ours, plain)
     assert "not as expected" in text2tree_compare.verdict(plain, ours)
+
+
+@pytest.mark.parametrize("number", text2tree_compare.TESTED)
+def test_differences_are_those_of_the_means(swept, number):
+    plain, ours, tfidf = found_in(swept).methods.values()
+    better = text2tree_compare.compared(ours, plain, number)
+    means = [text2tree_compare.row(one)[number] for one in (ours, plain, tfidf)]
+    assert better["difference"] == pytest.approx(means[0] - means[1])
+    assert better["low"] < better["difference"] < better["high"] and better["p"] < 0.01
+    worse = text2tree_compare.compared(plain, tfidf, number)  # TF-IDF has one seed: against all three
+    assert worse["difference"] == pytest.approx(means[1] - means[2]) and worse["p"] > 0.99
+    fewer = {name: {seed: getattr(ours, name)[seed] for seed in "01"} for name in ("results", "drawn")}
+    two = text2tree_compare.compared(dataclasses.replace(ours, **fewer), plain, number)
+    assert two["difference"] == pytest.approx(np.mean([one.values(text2tree_compare.NUMBERS[number])[:2]
+                                                       for one in (ours, plain)], 1) @ [1, -1])
+    none = {name: {"7": getattr(ours, name)["0"], "8": getattr(ours, name)["1"]} for name in ("results", "drawn")}
+    assert text2tree_compare.compared(dataclasses.replace(ours, **none), plain, number) is None
 
 
 def test_the_page(swept):
     page = text2tree_compare.build(swept).read_text()
     assert "gamma=0.2" in page and "db/seed-0" in page and "coloured by its gain" in page and "as expected" in page
+    for told in ("the best of 19 for macro-F1 on the development part", "do not hold the spread over seeds", "P@5",
+                 "From plain fine-tuning.", "From TF-IDF.", "At a threshold of 0.5", "development macro-F1",
+                 "their first 128 tokens", "Differences from plain.", "<td>gamma=0.1</td>"):
+        assert told in page, told
+
+
+def test_variants_of_one_method_stand_side_by_side(tmp_path):
+    """grid=data.chunks=1,8 has no plain: the first variant is what the other is compared with."""
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"experiment": "text2tree", "grid": "chunks"}}))
+    truth, good, bad = some(120)
+    trial(tmp_path / "data.chunks=1" / "seed-0", "text2tree", 0, truth, bad)
+    trial(tmp_path / "data.chunks=8" / "seed-0", "text2tree", 0, truth, good, chunks=8)
+    page = text2tree_compare.build(tmp_path).read_text()
+    assert "Differences from data.chunks=1." in page and "Without a trial of method.name=plain" in page
+    assert "From plain fine-tuning." not in page and "2 of 2 trials complete" in page
 
 
 def test_grids():
@@ -118,3 +147,8 @@ def test_grids():
     labels = sweep.plan("text2tree_mesh", ["grid=labels"]).trials
     assert [trial.config.method.label_encoder for trial in labels] == ["cascade", "gcn", *["cascade"] * 3]
     assert "db" not in [t.variant for t in sweep.plan("text2tree_icd_phrases", ["grid=methods"]).trials]
+    main = sweep.plan("text2tree_mesh", ["grid=main", "preset=tiny", "seeds=2"])
+    assert [trial.variant for trial in main.trials[:6]] == ["plain", "text2tree", "ssl", "dml", "focal", "db"]
+    assert {trial.folder: trial.config for trial in main.trials}.items() <= {
+        trial.folder: trial.config for trial in planned.trials}.items()
+    assert "grid" in main.operational and len(sweep.plan("text2tree_icd_phrases", ["grid=main"]).trials) == 5

@@ -13,11 +13,12 @@ from jaxmodels.text2tree.tree import LabelTree
 
 TREE = LabelTree.from_table([("A", "r"), ("B", "r"), ("A1", "A"), ("A2", "A"), ("B1", "B"), ("B2", "B"), ("C", "r"),
                              ("A1x", "A1")], ["A1x", "A2", "C", "B", "B1", "B2"])  # ragged, an inner node a class
+UNEVEN = LabelTree.from_codes(["A1.1", "B1.1", "B1.2", "C1.1", "C2.1", "C2.2", "C2.3", "C2.4"])  # families of 1 to 4
 N, D = len(TREE), 6
 
 
-def labels(attention="dense", seed=0, **options) -> LabelEmbeddings:
-    model = LabelEmbeddings(TREE, HlrConfig(D, attention=attention, **options), rngs=nnx.Rngs(seed))
+def labels(attention="dense", seed=0, tree=TREE, **options) -> LabelEmbeddings:
+    model = LabelEmbeddings(tree, HlrConfig(D, attention=attention, **options), rngs=nnx.Rngs(seed))
     for layer in model.layers:  # spread, so that links are on and off
         layer.link[...] = layer.link[...] * 4
         layer.query[...] = layer.query[...] * 2
@@ -59,8 +60,9 @@ def test_a_layer_by_loops_in_double_precision(attention, level):
         assert 0 < links[1:4, 1:4].mean() < 1
 
 
-def test_dense_and_sparse_are_equal():
-    a, b = labels("dense"), labels("sparse")
+@pytest.mark.parametrize("tree", [TREE, UNEVEN])
+def test_dense_and_sparse_are_equal(tree):
+    a, b = labels("dense", tree=tree), labels("sparse", tree=tree)
     value = {}
     for name, model in (("dense", a), ("sparse", b)):
         graphdef, state = nnx.split(model)
@@ -74,6 +76,18 @@ def test_dense_and_sparse_are_equal():
     assert np.abs(np.asarray(value["dense"][0] - value["sparse"][0])).max() < 1e-6
     for x, y in zip(jax.tree.leaves(value["dense"][1]), jax.tree.leaves(value["sparse"][1]), strict=True):
         assert np.allclose(x, y, rtol=1e-4, atol=1e-5 * max(float(jnp.abs(x).max()), 1))
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_no_row_is_projected_twice(level):
+    """Families are padded to the largest: projecting them would be four times the rows on ICD-10-CM."""
+    layer = labels("sparse", tree=UNEVEN).layers[level - 1]
+    step = jax.make_jaxpr(lambda nodes: layer.attend(nodes, NO_TAPS.probe(jnp.ones(len(UNEVEN), bool))))
+    products = [eqn for eqn in step(jnp.zeros((len(UNEVEN), D))).eqns if eqn.primitive.name == "dot_general"]
+    rows = [int(np.prod(eqn.invars[0].aval.shape[:-1])) for eqn in products if eqn.invars[1].aval.shape == (D, D)]
+    parents, children = UNEVEN.families(level)
+    own = int((children >= 0).sum())
+    assert sorted(rows) == sorted([own, own, own + len(parents), own + len(parents)])  # query, link; key, value
 
 
 def test_links_are_binary_with_a_gradient():

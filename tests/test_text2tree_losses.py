@@ -250,6 +250,7 @@ def test_weights_of_classes():
     assert np.allclose(baselines.plain(LOGITS, MANY, jnp.ones(K)), baselines.plain(LOGITS, MANY), rtol=1e-6)
     early, late = (np.asarray(baselines.deferred(jnp.int32(step), 100, COUNTS)) for step in (79, 80))
     assert (early == 1).all() and np.allclose(late, baselines.class_balanced(COUNTS, 0.9999))
+    assert [baselines.deferred_from(steps) for steps in (1, 2, 6, 10, 101)] == [0, 1, 5, 8, 81]  # the last step always
 
 
 def test_margins_and_adjusted_logits():

@@ -83,21 +83,30 @@ def test_tables():
     assert {"accuracy_level_1", "hierarchical_f1", "macro_f1_tail"} <= set(found)
 
 
-@pytest.mark.parametrize("metric", ["macro_f1", "micro_f1"])
+@pytest.mark.parametrize("metric", ["macro_f1", "micro_f1", "macro_f1_tail"])
 def test_paired_bootstrap(metric):
-    good, bad = SCORES >= 0.5, RNG.random((N, K)) < 0.3
-    found = tm.paired_bootstrap(TRUTH, good, bad, metric, draws=250)
-    plain = [tm.f1(tm.counts(TRUTH, said))[metric] for said in (good, bad)]
-    assert np.isclose(found["difference"], plain[0] - plain[1]) and found["low"] < found["difference"] < found["high"]
-    assert found["p"] < 0.01 and tm.paired_bootstrap(TRUTH, bad, good, metric, draws=250)["p"] > 0.99
-    same = tm.paired_bootstrap(TRUTH, good, good, metric, draws=100)
+    good, bad, masks = SCORES >= 0.5, RNG.random((N, K)) < 0.3, {"tail": np.arange(K) < 3}
+
+    def compared(a, b, draws=250):
+        whole = [{**tm.f1(counted), **tm.bucket_f1(counted, masks)}[metric]
+                 for counted in (tm.counts(TRUTH, a), tm.counts(TRUTH, b))]
+        drawn = [tm.resampled_f1(TRUTH, said, masks, draws=draws)[metric] for said in (a, b)]
+        return tm.paired_bootstrap(whole[0] - whole[1], *drawn)
+
+    found = compared(good, bad)
+    assert found["low"] < found["difference"] < found["high"]
+    assert found["p"] < 0.01 and compared(bad, good)["p"] > 0.99
+    same = compared(good, good, 100)
     assert same["difference"] == 0 and same["p"] == 1
-    # The draws are those of texts: one by one with repeated rows.
+
+
+def test_the_draws_are_those_of_texts():
+    """One by one with repeated rows; both methods on the same."""
+    said, masks = SCORES >= 0.5, {"tail": np.arange(K) < 3}
+    found = tm.resampled_f1(TRUTH, said, masks, draws=2, seed=3)
     times = np.random.default_rng(3).multinomial(N, np.full(N, 1 / N), size=2)
-    rows = np.repeat(np.arange(N), times[0])
-    one = tm.paired_bootstrap(TRUTH[rows], good[rows], bad[rows], metric, draws=1)["difference"]
-    counted = [tm.f1(tm.counts(TRUTH[rows], said[rows]))[metric] for said in (good, bad)]
-    assert np.isclose(one, counted[0] - counted[1])
-    tail = tm.paired_bootstrap(TRUTH, good, bad, metric, classes=np.arange(K) < 3, draws=50)
-    part = [tm.f1(tm.counts(TRUTH[:, :3], said[:, :3]))[metric] for said in (good, bad)]
-    assert np.isclose(tail["difference"], part[0] - part[1])
+    for draw in range(2):
+        rows = np.repeat(np.arange(N), times[draw])
+        counted = tm.counts(TRUTH[rows], said[rows])
+        for name, value in {**tm.f1(counted), **tm.bucket_f1(counted, masks)}.items():
+            assert name == "macro_f1_all" or np.isclose(found[name][draw], value)

@@ -16,7 +16,7 @@ from jaxmodels import cli
 from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
 from jaxmodels.text2tree.tree import LabelTree
-from tests.tiny_texts import CODES, LEARNS, bert_folder, run, trained, write
+from tests.tiny_texts import CODES, LEARNS, bert_folder, prepared, run, trained, write
 from train import predict, text2tree
 from train.data.coded_texts import Columns, coded_texts
 from train.runtime.config import resolve
@@ -35,6 +35,7 @@ def test_it_learns_what_the_words_tell(finished):
     assert results["status"] == "complete" and results["data.classes"] == 5 and results["data.train_texts"] == 96
     assert results["test.model.tuned_macro_f1"] > 0.6 and results["test.tfidf.tuned_macro_f1"] > 0.8
     assert 0.05 <= results["test.model.threshold"] <= 0.95
+    assert not (out / "checkpoints").exists()  # of a finished run nobody asks for them
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["dml"]) and np.isfinite(line["ssl"]) for line in lines)
     assert max(line.get("dev_macro_f1", 0) for line in lines) == next(
@@ -94,6 +95,7 @@ def test_a_run_goes_on_where_it_stopped(finished, tmp_path):
     options = LEARNS
     with pytest.raises(Interrupted):
         run(tmp_path / "out", path, *options, stop_at=13)
+    assert list((tmp_path / "out" / "checkpoints").iterdir())
     again = run(tmp_path / "out", path, *options)
     assert again["chosen_step"] == results["chosen_step"]
     a, b = (np.load(folder / "model.npz") for folder in (whole, tmp_path / "out"))
@@ -113,6 +115,39 @@ def test_one_code_a_text(method, tmp_path):
     found = run(tmp_path / "out", write(tmp_path / "notes.csv", multi=False), f"method.name={method}")
     assert "test.model.threshold" not in found and found["test.model.accuracy"] == found["test.model.micro_f1"]
     assert "test.tfidf.accuracy_level_1" in found
+
+
+@pytest.mark.parametrize("method", ["plain", "oversampling"])
+def test_every_method_has_the_same_budget(method, tmp_path):
+    """Texts that oversampling repeats make an epoch no longer."""
+    trial = prepared(tmp_path / "out", write(tmp_path / "notes.csv", multi=False), f"method.name={method}")
+    assert (trial.cfg.loop.steps, trial.cfg.loop.evaluate_every) == (12, 6)  # 2 epochs of 96 texts in batches of 16
+
+
+def test_what_is_amiss_is_told_once(tmp_path, capsys):
+    path = write(tmp_path / "notes.csv", multi=False)
+    with open(path, "a") as file:
+        file.write("bare,,test\n")
+    for out in ("a", "b"):
+        prepared(tmp_path / out, path, "method.name=plain")
+        results = json.loads((tmp_path / out / "results.json").read_text())
+        assert results["data.multi_label"] and results["data.texts_without_code"] == 1
+    assert capsys.readouterr().err.count(f"path:{path}: 1 texts have no code") == 1
+
+
+@pytest.mark.parametrize("method, ends, chosen", [("plain", 18, 6), ("ldam_drw", None, 54)])
+def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_path):
+    """Of 60 steps in 10 epochs ldam_drw re-weights the last 12; the scores are best before that."""
+    trial = prepared(tmp_path / "out", write(tmp_path / "notes.csv"), f"method.name={method}", "epochs=10",
+                     "patience=2")
+    scores = {6 * (epoch + 1): score for epoch, score in enumerate((9, 8, 7, 6, 5, 4, 3, 2, 1, 0))}
+    over = None
+    for at, score in scores.items():
+        trial.best.scores[at] = score
+        if trial.best.over(at):
+            over = at
+            break
+    assert over == ends and trial.best.step(60) == chosen
 
 
 def test_long_texts_are_read_in_chunks():

@@ -35,9 +35,20 @@ def write(path, multi=True, count=160):
     return str(path)
 
 
+def config(path, *overrides):
+    return resolve("text2tree", ["preset=tiny", f"data.path={path}", "data.split=split", "data.limit=none",
+                                 "encoder.words=300", *overrides])
+
+
+def prepared(out, path, *overrides):
+    """The trial before training."""
+    cfg = config(path, *overrides)
+    with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder:
+        return text2tree.prepare(cfg, folder)
+
+
 def run(out, path, *overrides, stop_at=None):
-    cfg = resolve("text2tree", ["preset=tiny", f"data.path={path}", "data.split=split", "data.limit=none",
-                                "encoder.words=300", *overrides])
+    cfg = config(path, *overrides)
     with RunFolder.open("text2tree", to_dict(cfg), out, operational=cfg.operational) as folder, signal_at(stop_at):
         text2tree.run(cfg, folder)
     return json.loads((out / "results.json").read_text())

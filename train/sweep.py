@@ -7,6 +7,9 @@
 Every trial has a run folder of its own inside the sweep's, so whatever reads runs reads trials. Seeds are the outer
 loop: what a shared machine does to the clock falls on all variants alike, and an early stop leaves whole comparisons.
 
+Where an experiment's config has ``share_grids``, a folder takes several grids of it, one after another: variants of
+equal names are the same trials, and the report is over all that is there.
+
 together=N trains up to N seeds of a variant in lockstep (`train.runtime.together`), where an experiment's config names
 a function for that: ``together="module:function"``, called as ``function(configs, run folders)``, gives what each trial
 failed with, or None. It pays where one trial does not fill the device.
@@ -22,7 +25,7 @@ from typing import Any
 
 from jaxmodels.errors import Interrupted, UserError
 from train.runtime.config import defaults_of, did_you_mean, find, load_function, resolve, split_override, to_dict
-from train.runtime.run_folder import RunFolder
+from train.runtime.run_folder import CONFIG, RunFolder
 
 SEED = "seed"  # the key of an experiment's config that seeds change
 TOGETHER = "together"
@@ -44,12 +47,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep runs, group by group. `config` is what its folder records; more seeds may be asked for later."""
+    """What a sweep runs, group by group. `config` is what its folder records; more seeds may be asked for later, and
+    whatever else is `operational`."""
 
     name: str
     config: dict[str, Any]
     groups: tuple[tuple[Trial, ...], ...]  # of trials that are trained together
-    operational = ("seeds", "together")
+    operational: tuple[str, ...] = ("seeds", "together")
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -83,7 +87,8 @@ def plan(name: str, words: Iterable[str]) -> Sweep:
                             for seed, one in zip(few, seeded, strict=True)))
     config = {"experiment": find(name).name, "grid": grid, "overrides": given, "seeds": count, "together": together,
               "report": getattr(probe, "sweep_report", REPORT)}
-    return Sweep(f"{find(name).name}-sweep", config, tuple(groups))
+    shared = ("grid",) if getattr(probe, "share_grids", False) else ()
+    return Sweep(f"{find(name).name}-sweep", config, tuple(groups), (*Sweep.operational, *shared))
 
 
 def _at_least_one(key: str, text: str) -> int:
@@ -103,11 +108,15 @@ def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any
         failures.append((trial, error))
         print(f"{trial.folder} failed: {error}", file=sys.stderr)
 
+    grids = [grid for grid in folder.results().get("grids", []) if grid != sweep.config["grid"]]
+    known = {str(path.parent.relative_to(folder.dir)) for place in ("*", "*/seed-*")
+             for path in folder.dir.glob(f"{place}/{CONFIG}")} | {trial.folder for trial in sweep.trials}
+    folder.write_results({"grids": [*grids, sweep.config["grid"]], "trials": len(known)})
     with folder.progress(len(sweep.trials), "trials") as advance:
         for group in sweep.groups:
             _run_group(group, folder, build_report, failed)
             advance(len(group), group[-1].folder)
-    folder.write_results({"trials": len(sweep.trials), "failed_trials": len(failures)})
+    folder.write_results({"failed_trials": len(failures)})
     if not failures:
         return None
     trial, error = failures[0]

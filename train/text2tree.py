@@ -5,6 +5,9 @@ the end. Beside the model stands TF-IDF with logistic regression on the same tex
 """
 
 import dataclasses
+import functools
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +66,15 @@ class Trial:
 def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     """Trains or finishes one classifier in a run folder."""
     experiment.run(cfg, folder, prepare, finish)
+    drop_checkpoints(folder)
 
 
 def run_together(cfgs: Sequence[Text2TreeRun], folders: Sequence[RunFolder]) -> list[Exception | None]:
     """`run` of classifiers that differ in their seeds, trained in lockstep: see `experiment.run_together`."""
-    return experiment.run_together(cfgs, folders, prepare, finish)
+    ends = experiment.run_together(cfgs, folders, prepare, finish)
+    for folder in folders:
+        drop_checkpoints(folder)
+    return ends
 
 
 def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
@@ -80,7 +87,11 @@ def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
     reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir, start)
     if now := fingerprint(cfg.encoder):
         folder.write_results({ENCODER: now})
-    folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
+    folder.write_results({f"data.{name}": value for name, value in source.counts.items()}
+                         | {"data.multi_label": source.multi_label})
+    if folder.writes:
+        for line in source.warnings():
+            tell(f"{cfg.data.name}: {line}")
     folder.save_npz("classes", **tree_arrays(source.tree), multi_label=source.multi_label)
     data = prepare_data(cfg, folder, source, reader, start)
     return plan_training(cfg, folder, source, reader, data, mesh)
@@ -89,13 +100,19 @@ def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
 def finish(trial: Trial, trained: loop.Trained) -> None:
     """Everything after it: the scores of the model that was best on the development part."""
     cfg, folder = trial.cfg, trial.folder
-    best = max(trial.best.scores.items(), key=lambda one: (one[1], -one[0]))[0]
+    best = trial.best.step(trained.step)
     folder.write_results(experiment.run_numbers(trained, trained.state["params"], trial.task.tokens, 0.0)
                          | {"epochs": trained.step / cfg.loop.evaluate_every, "method": cfg.method.name})
     model = restored(trial.start, folder.dir)
     if jax.process_index() == 0:
         found = numbers(cfg, folder, trial.source, trial.data, model)
         folder.write_results(found | {"chosen_step": best, "finished": True})
+
+
+def drop_checkpoints(folder: RunFolder) -> None:
+    """Of a run at its end, which nobody asks for any more: up to a gigabyte, and a sweep has dozens of runs."""
+    if folder.writes and folder.results().get("finished") and (folder.dir / "model.npz").exists():
+        shutil.rmtree(folder.dir / "checkpoints", ignore_errors=True)
 
 
 def read(cfg: Text2TreeRun) -> CodedTexts:
@@ -111,6 +128,11 @@ def read(cfg: Text2TreeRun) -> CodedTexts:
         raise UserError(f"data.batch={data.batch} is more than the {len(source.parts['train'])} training texts; lower "
                         "it")
     return source
+
+
+@functools.cache  # of the trials of a sweep the first tells
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def check_encoder(cfg: Text2TreeRun, folder: Path) -> None:
@@ -206,7 +228,7 @@ def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, read
     rows: Any = part
     if cfg.method.name == "oversampling":
         rows = Repeated(part, baselines.oversample(labels, cfg.seed))
-    epoch = len(rows) // cfg.data.batch
+    epoch = len(part) // cfg.data.batch  # of the texts there are, not of their repetitions: equal budgets
     cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
     start = build(cfg, source.tree, reader)
     if cfg.method.name == "hiagm":
@@ -242,6 +264,8 @@ def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callabl
 class Best:
     """Evaluates on the development part, keeps the best model in ``model.npz`` and says when to stop.
 
+    Of ldam_drw only what was re-weighted counts: before that it is another method, and training does not end there.
+
     The states of its labels, before training and with that model, are kept in ``labels.npz``: the model that is kept
     has none.
     """
@@ -250,6 +274,7 @@ class Best:
                  start: Text2Tree):
         self.cfg, self.folder, self.plan, self.source = cfg, folder, plan, source
         self.inputs = loaded(data, "dev")
+        self.after = baselines.deferred_from(cfg.loop.steps) if cfg.method.name == "ldam_drw" else 0
         self.before = None if start.labels is None else label_states(start.labels)
         self.scores = {line["step"]: line[CHOSEN_BY] for line in folder.metrics() if CHOSEN_BY in line}
 
@@ -268,23 +293,25 @@ class Best:
             labels = text_metrics.one_hot(labels, found.shape[1])
         macro = float(text_metrics.f1(text_metrics.counts(labels, said))["macro_f1"])
         self.scores = {at: score for at, score in self.scores.items() if at < step}
-        if macro > max(self.scores.values(), default=-1.0) and jax.process_index() == 0:
+        self.scores[step] = macro
+        if self.step(step) == step and jax.process_index() == 0:
             arrays = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model.for_inference())))
             self.folder.save_npz("model", **{path_name(path): np.asarray(leaf) for path, leaf in arrays})
             if self.before is not None:
                 states, attention = label_states(model.labels)
                 self.folder.save_npz("labels", before=self.before[0], after=states, attention_before=self.before[1],
                                      attention=attention)
-        self.scores[step] = macro
         return {CHOSEN_BY: macro} | ({"dev_threshold": threshold} if self.source.multi_label else {})
 
     def over(self, step: int) -> bool:
         """Whether `patience` evaluations up to `step` brought nothing better."""
-        known = {at: score for at, score in self.scores.items() if at <= step}
-        if not known:
-            return False
-        best = max(known, key=lambda at: (known[at], -at))
-        return sum(at > best for at in known) >= self.cfg.patience
+        best = self.step(step)
+        return best is not None and sum(best < at <= step for at in self.scores) >= self.cfg.patience
+
+    def step(self, until: int) -> int | None:
+        """The first step of the best score up to one, of those that count; None before there is any."""
+        known = {at: score for at, score in self.scores.items() if self.after < at <= until}
+        return max(known, key=lambda at: (known[at], -at), default=None)
 
 
 def path_name(path: Any) -> str:

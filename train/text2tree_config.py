@@ -147,6 +147,7 @@ class Text2TreeRun:
     report: str = "analysis.text2tree_report:build"
     sweep_report: str = "analysis.text2tree_compare:build"
     predict: str = "train.text2tree:predict"
+    share_grids = True  # see `train.sweep`: a method is the same in all of them
 
     def __post_init__(self):
         for name in ("epochs", "patience", "bootstrap"):

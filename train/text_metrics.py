@@ -161,40 +161,47 @@ def multi_class(truth: np.ndarray, predicted: np.ndarray, train_counts: np.ndarr
 
 def bootstrap_f1(truth: np.ndarray, said: np.ndarray, masks: Mapping[str, np.ndarray], *, draws: int = 2000,
                  seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % intervals of micro_f1, macro_f1 and the macro_f1_BUCKET of each mask bool[K], texts being resampled.
+    """95 % intervals of what `resampled_f1` draws; nan for a bucket none of whose classes is ever drawn."""
+    return {name: interval(values) for name, values in resampled_f1(truth, said, masks, draws=draws, seed=seed).items()}
 
-    truth, said bool[n, K]. A bucket none of whose classes is ever drawn has nan.
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of float[draws], nan left out."""
+    return (float("nan"), float("nan")) if np.isnan(drawn).all() else tuple(
+        map(float, np.nanquantile(drawn, (0.025, 0.975))))
+
+
+def resampled_f1(truth: np.ndarray, said: np.ndarray, masks: Mapping[str, np.ndarray], *, draws: int = 2000,
+                 seed: int = 0) -> dict[str, np.ndarray]:
+    """micro_f1, macro_f1 and the macro_f1_BUCKET of each mask bool[K] of texts drawn with replacement, float[draws].
+
+    truth, said bool[n, K]. Equal seeds draw equal texts. A bucket none of whose classes is drawn has nan.
     """
-    drawn: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for counted in _resampled(truth, said, draws, seed):
         each, there, whole = class_f1(counted), counted[..., 2, :] > 0, f1(counted)
-        found = {name: whole[name] for name in ("micro_f1", "macro_f1")}
+        values = {name: whole[name] for name in ("micro_f1", "macro_f1")}
         for name, mask in masks.items():
             members = (there & mask).sum(-1)
             with np.errstate(invalid="ignore"):
-                found[f"macro_f1_{name}"] = np.where(there & mask, each, 0).sum(-1) / np.where(members, members, np.nan)
-        for name, values in found.items():
-            drawn.setdefault(name, []).append(values)
-    together = {name: np.concatenate(values) for name, values in drawn.items()}
-    return {name: (float("nan"), float("nan")) if np.isnan(values).all() else
-            tuple(map(float, np.nanquantile(values, (0.025, 0.975)))) for name, values in together.items()}
+                values[f"macro_f1_{name}"] = np.where(there & mask, each, 0).sum(-1) / np.where(members, members,
+                                                                                                np.nan)
+        for name, some in values.items():
+            found.setdefault(name, []).append(some)
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
-def paired_bootstrap(truth: np.ndarray, first: np.ndarray, second: np.ndarray, metric: str = "macro_f1", *,
-                     classes: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+def paired_bootstrap(difference: float, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Whether the first of two methods is better: both on the same resampled texts, Koehn 2004.
 
-    truth, first, second bool[n, K]: what is true and said. metric: a key of `f1`. classes bool[K]: those that count
-    (a bucket). Returns ``difference`` (first - second), its 95 % interval ``low``, ``high``, and ``p``, the share of
-    draws in which the first is not better.
+    difference: that was measured, first - second. first, second float[draws]: `resampled_f1` of both, on equal texts.
+    Returns ``difference``, its 95 % interval ``low``, ``high``, and ``p``, the share of draws in which the first is not
+    better.
     """
-    truth, first, second = (np.asarray(a, bool)[:, slice(None) if classes is None else classes]
-                            for a in (truth, first, second))
-    drawn = np.concatenate([f1(a)[metric] - f1(b)[metric] for a, b in zip(
-        _resampled(truth, first, draws, seed), _resampled(truth, second, draws, seed), strict=True)])
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    difference = f1(counts(truth, first))[metric] - f1(counts(truth, second))[metric]
-    return {"difference": float(difference), "low": float(low), "high": float(high), "p": float((drawn <= 0).mean())}
+    drawn = first - second
+    low, high = interval(drawn)
+    return {"difference": float(difference), "low": low, "high": high,
+            "p": float((drawn[~np.isnan(drawn)] <= 0).mean())}
 
 
 def _resampled(truth: np.ndarray, said: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:

@@ -85,8 +85,14 @@ def margin(logits: jax.Array, labels: jax.Array, counts: np.ndarray, scale: floa
 
 
 def deferred(step: jax.Array, steps: int, counts: np.ndarray, beta: float = 0.9999) -> jax.Array:
-    """Weights of deferred re-weighting: 1, then for the last fifth of training the class-balanced ones."""
-    return jnp.where(step >= 0.8 * steps, jnp.asarray(class_balanced(counts, beta)), 1.0)
+    """Weights of deferred re-weighting: 1, then for the last fifth of training the class-balanced ones. step: how many
+    are taken."""
+    return jnp.where(step >= deferred_from(steps), jnp.asarray(class_balanced(counts, beta)), 1.0)
+
+
+def deferred_from(steps: int) -> int:
+    """How many steps are taken before the first that is re-weighted: four fifths, and never all."""
+    return min(-(-4 * steps // 5), steps - 1)
 
 
 def logit_adjusted(logits: jax.Array, labels: jax.Array, counts: np.ndarray, texts: int, tau: float = 1.0) -> jax.Array:

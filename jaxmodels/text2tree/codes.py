@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxmodels.errors import UserError
 
@@ -25,8 +25,8 @@ def fits(code: str) -> set[str]:
     return {name for name, pattern in SYSTEMS.items() if pattern.fullmatch(code)}
 
 
-def check(codes: Sequence[str]) -> None:
-    """Raises UserError for no code, for ICD-9 among ICD-10 codes, and for malformed ones.
+def check(codes: Sequence[str], counts: Mapping[str, int] | None = None) -> None:
+    """Raises UserError for no code, for ICD-9 among ICD-10 codes, and for malformed ones, told with their counts.
 
     Codes most of which belong to no known system are taken for a user's own, which need no more than a name between
     dots.
@@ -48,8 +48,18 @@ def check(codes: Sequence[str]) -> None:
     if wrong:
         valid = [code for code in codes if code not in set(wrong)]
         raise UserError(f"{len(wrong)} of {len(codes)} codes are not well-formed {system} codes: "
-                        f"{'; '.join(hint(code, valid) for code in wrong[:5])}{'; ...' if len(wrong) > 5 else ''}; "
-                        "correct or drop them")
+                        f"{listed(wrong, valid, counts)}; correct or drop them")
+
+
+def listed(wrong: Sequence[str], valid: Iterable[str], counts: Mapping[str, int] | None = None, most: int = 5) -> str:
+    """The first wrong codes, the most frequent where counts are known: ``'A419', 12 times (did you mean 'A41.9'?)``."""
+    counts = counts or {}
+    shown = []
+    for code in sorted(wrong, key=lambda code: -counts.get(code, 0))[:most]:
+        told, times = hint(code, valid), counts.get(code)
+        often = "" if times is None else ", once" if times == 1 else f", {times} times"
+        shown.append(told.replace(repr(str(code)), f"{str(code)!r}{often}", 1))
+    return "; ".join(shown) + ("; ..." if len(wrong) > most else "")
 
 
 def hint(code: str, valid: Iterable[str]) -> str:

@@ -83,20 +83,25 @@ class Layer(nnx.Module):
 
     def _sparse(self, nodes, probe, key):
         parents, children = self.tree.families(self.level)
-        members = np.concatenate([parents[:, None], children], axis=1)  # [P, C + 1]
         real, C = children >= 0, children.shape[1]
-        of_members = nodes[jnp.asarray(np.maximum(members, 0))]
-        q = self._project(of_members[:, 1:], "query")
-        k, v = (self._project(of_members, name) for name in ("key", "value"))
-        links = probe("label.link", self._links(jnp.einsum("pcd,pmd->pcm", linear(q, self.link[...]), k)))
+        own = children[real]
+        # every node is projected once, then families are gathered: they are as wide as the largest, half of it padding
+        place = np.zeros(children.shape, np.int32)  # of a child among its level's nodes; padding takes any
+        place[real] = np.arange(len(own))
+        members = np.concatenate([np.arange(len(parents))[:, None], place + len(parents)], axis=1)  # [P, C + 1]
+        below, both = nodes[own], nodes[np.concatenate([parents, own])]
+        q = self._project(below, "query")
+        linked = linear(q, self.link[...])[place]
+        q, k, v = q[place], self._project(both, "key")[members], self._project(both, "value")
+        links = probe("label.link", self._links(jnp.einsum("pcd,pmd->pcm", linked, k)))
         itself = np.concatenate([np.zeros((C, 1), bool), np.eye(C, dtype=bool)], axis=1)
         fixed = itself | (np.arange(C + 1) == 0)  # the parent is column 0
         sibling = np.concatenate([np.zeros_like(real[:, :1]), real], axis=1)[:, None] & ~itself
         p = self._attention(jnp.einsum("pcd,pmd->pcm", q, k), fixed + links * sibling, probe, key)
-        new = jnp.einsum("pcm,pmd->pcd", p, v)[real]
-        nodes = nodes.at[children[real]].set(new, unique_indices=True)
+        new = jnp.einsum("pcm,pmd->pcd", p, v[members])[real]
+        nodes = nodes.at[own].set(new, unique_indices=True)
         if self.level == 1:  # the root looks at itself: softmax over one score is 1
-            nodes = nodes.at[0].set(self._project(nodes[:1], "value")[0])
+            nodes = nodes.at[0].set(v[0])
         return nodes
 
     def _project(self, x, name):

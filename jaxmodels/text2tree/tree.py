@@ -53,14 +53,15 @@ class LabelTree:
     # Construction
 
     @classmethod
-    def from_codes(cls, codes: Iterable[str], descriptions: Mapping[str, str] | None = None) -> "LabelTree":
+    def from_codes(cls, codes: Iterable[str], descriptions: Mapping[str, str] | None = None,
+                   counts: Mapping[str, int] | None = None) -> "LabelTree":
         """The tree that code strings spell: ``A41.9`` lies below ``A41``, below ``A``, below the root; MeSH likewise.
 
-        The classes are the distinct codes, sorted. Raises UserError for no code, malformed ones, and ICD-9 codes among
-        ICD-10 codes.
+        The classes are the distinct codes, sorted. counts: how often each occurs, for errors to tell. Raises UserError
+        for no code, malformed ones, and ICD-9 codes among ICD-10 codes.
         """
         classes = sorted(set(codes))
-        spelling.check(classes)
+        spelling.check(classes, counts)
         parents = {}
         for code in classes:
             path = spelling.path(code)
@@ -104,9 +105,12 @@ class LabelTree:
             raise UserError(f"{path} has no rows; a header with code and parent and one row a node are needed")
         return cls.from_table(parents, classes, descriptions)
 
-    def restrict(self, classes: Sequence[str]) -> "LabelTree":
-        """The sub-tree that some nodes and their ancestors span, with those as classes, in the order given."""
-        chosen = leaves = _indices(classes, self.index)
+    def restrict(self, classes: Sequence[str], counts: Mapping[str, int] | None = None) -> "LabelTree":
+        """The sub-tree that some nodes and their ancestors span, with those as classes, in the order given.
+
+        counts: how often each occurs, for the UserError about those that are not in the tree.
+        """
+        chosen = leaves = _indices(classes, self.index, counts)
         kept = np.zeros(len(self.names), bool)
         while len(leaves):
             kept[leaves] = True
@@ -227,7 +231,7 @@ def _order(parents: Mapping[str, str | None]) -> tuple[tuple[str, ...], np.ndarr
     return tuple(name for level in levels for name in level), depth
 
 
-def _indices(classes: Sequence[str], index: Mapping[str, int]) -> np.ndarray:
+def _indices(classes: Sequence[str], index: Mapping[str, int], counts: Mapping[str, int] | None = None) -> np.ndarray:
     """The nodes of some classes, int32[K]."""
     if not len(classes):
         raise UserError("no class is given; name at least one node of the tree")
@@ -235,8 +239,7 @@ def _indices(classes: Sequence[str], index: Mapping[str, int]) -> np.ndarray:
         raise UserError(f"{_some(twice)} is given as a class twice; name each class once")
     if missing := [name for name in classes if name not in index]:
         raise UserError(f"{len(missing)} of {len(classes)} classes are not in the tree: "
-                        f"{'; '.join(spelling.hint(name, index) for name in missing[:5])}"
-                        f"{'; ...' if len(missing) > 5 else ''}; correct or drop them")
+                        f"{spelling.listed(missing, index, counts)}; correct or drop them")
     return np.array([index[name] for name in classes], np.int32)
 
 

@@ -75,6 +75,28 @@ class CodedTexts:
         labels = self.parts["train"].labels
         return labels.sum(0) if self.multi_label else np.bincount(labels, minlength=self.tree.num_classes)
 
+    def warnings(self) -> list[str]:
+        """A line for whatever a reader of the scores must know, with its count."""
+        known = collections.Counter(self.counts)
+        also, left_out = ({split: known[f"{split}_{what}"] for split in SPLITS} for what in ("also_in_train",
+                                                                                            "left_out"))
+        unseen, empty, replaced, bare = (known[name] for name in (
+            "codes_without_training_text", "empty_texts", "invalid_utf8", "texts_without_code"))
+        told = [
+            (sum(also.values()), f"{_listed(also)} texts are in the training part too"),
+            (unseen, f"{unseen} codes are on no training text, so they are never given"),
+            (sum(left_out.values()), f"{_listed(left_out)} texts have a code that is left out, and are left out too"),
+            (empty, f"{empty} rows have no text, and are left out"),
+            (replaced, f"{replaced} byte sequences are not UTF-8, and were replaced"),
+            (bare if known["most_codes"] == 1 else 0, f"{bare} texts have no code, and the others one: texts are taken "
+             "to have any number of codes; drop those for one code each"),
+        ]
+        return [line for count, line in told if count]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {split}" for split, count in counts.items() if count)
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -109,6 +131,8 @@ def coded_texts(name: str, *, floor: int = 1, columns: Columns = Columns(), tree
     parts = {split: [row for row in rows if row.split == split][:limit] for split in SPLITS}
     if empty := [split for split in SPLITS if not parts[split]]:
         raise UserError(f"{name} has no {empty[0]} texts; give some to every one of {', '.join(SPLITS)}")
+    counts = {**counts, "texts_without_code": sum(not row.codes for row in rows),
+              "most_codes": max(len(row.codes) for row in rows)}
     multi = any(len(row.codes) != 1 for row in rows)
     return _labelled(parts, whole, multi, floor, collections.Counter(counts), name)
 
@@ -277,25 +301,26 @@ def _read_csv(path: Path, columns: Columns, tree: str) -> Read:
     every = collections.Counter(code for row in rows for code in row.codes)
     if not every:
         raise UserError(f"{path}: column {columns.labels!r} holds no code; several are separated by ; , | or spaces")
-    whole(sorted(every))  # wrong codes are told of now, those of rare classes too
+    whole(sorted(every), every)  # wrong codes are told of now, those of rare classes too
     return rows, dict(counts), whole
 
 
-def _named_tree(name: str) -> Callable[[Sequence[str]], LabelTree]:
+def _named_tree(name: str) -> Callable[..., LabelTree]:
+    """(classes, how often each occurs) -> tree."""
     if name == "codes":
-        return LabelTree.from_codes
+        return lambda classes, counts=None: LabelTree.from_codes(classes, counts=counts)
     if name == "icd10cm":
         return _icd10cm
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"data.tree={name} is not codes, icd10cm or the path of a table with the columns code, parent")
     whole = LabelTree.from_tsv(path)
-    return lambda classes: whole.restrict(classes)
+    return whole.restrict
 
 
-def _icd10cm(classes: Sequence[str]) -> LabelTree:
+def _icd10cm(classes: Sequence[str], counts: Mapping[str, int] | None = None) -> LabelTree:
     """The part of the whole ICD-10-CM tree that some codes span."""
-    return _whole_icd10cm().restrict(classes)
+    return _whole_icd10cm().restrict(classes, counts)
 
 
 @functools.cache
@@ -321,12 +346,16 @@ def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
         if column not in (reader.fieldnames or ()):
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(reader.fieldnames or ['none'])}: name "
                             f"them with {keys}")
-    columns, short = list(columns), []
+    columns, short, long = list(columns), [], []
     for row in reader:
-        if any(row[column] is None for column in columns):
+        if None in row:  # DictReader's name for what is beyond the last column
+            long.append(reader.line_num)
+        elif any(row[column] is None for column in columns):
             short.append(reader.line_num)
-            continue
-        yield reader.line_num, row
-    if short:
-        raise UserError(f"{path}: {len(short)} rows have too few columns, lines {', '.join(map(str, short[:_SHOWN]))}"
-                        f"{' ...' if len(short) > _SHOWN else ''}; quote texts with commas or line breaks")
+        else:
+            yield reader.line_num, row
+    for lines, what in ((long, "many"), (short, "few")):
+        if lines:
+            shown = ", ".join(map(str, lines[:_SHOWN])) + (" ..." if len(lines) > _SHOWN else "")
+            raise UserError(f"{path}: {len(lines)} rows have too {what} columns, lines {shown}; quote texts with "
+                            "commas or line breaks")
