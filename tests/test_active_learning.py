@@ -112,6 +112,29 @@ def test_the_study_tells_and_does_nothing_twice(finished, monkeypatch):
         study.run(cfg, folder)
 
 
+def test_more_rounds_go_on_where_fewer_ended(finished, tmp_path, monkeypatch):
+    """Two rounds, then a third, as three at once; the reference has no more to learn, and keeps no state."""
+    cfg, out, results, _, _ = finished
+
+    def study_of(rounds):
+        one = dataclasses.replace(cfg, strategies=("mnlp",), seeds=1,
+                                  protocol=dataclasses.replace(cfg.protocol, rounds=rounds))
+        with RunFolder(tmp_path / "run", to_dict(one), operational=one.operational) as folder:
+            study.run(one, folder)
+            return study.read_records(one, tmp_path / "run")[0]["mnlp"][0], folder.results()
+
+    mine, whole = tmp_path / "run" / "mnlp" / "seed0", out / "mnlp" / "seed0"
+    fewer, _ = study_of(2)
+    assert len(fewer) == 3 and (mine / "state.npz").exists()
+    assert not (tmp_path / "run" / "full" / "seed0" / "state.npz").exists()
+    more, told = study_of(3)
+    assert same(more) == same(study.read_records(cfg, out)[0]["mnlp"][0])
+    assert told["mnlp.f1"] == results["mnlp.f1.seed0"] and told["mnlp.share"] > fewer[-1].share
+    assert (mine / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    monkeypatch.setattr(ActiveLearner, "run", lambda self: pytest.fail("trained again"))
+    assert same(study_of(1)[0]) == same(more)  # fewer again: what is there stays
+
+
 def test_interrupted_anywhere_it_ends_alike(finished, tmp_path, monkeypatch):
     """Stopped every few checks: while choosing, in the middle of training, while scoring."""
     cfg, out, _, _, _ = finished

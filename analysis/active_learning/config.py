@@ -41,7 +41,7 @@ class ProtocolConfig:
 
     init: str = "2%"  # drawn, the same for every strategy of a seed
     words: str = "4%"  # of each round
-    rounds: int = 6  # after the first set; fewer where the pool ends
+    rounds: int = 6  # after the first set; fewer where the pool ends, and more may be asked for later
     overshoot: bool = True  # the last sentence of a round may exceed the budget; false: one that fits is taken
     mode: Literal["warm", "scratch", "shrink_perturb"] = "warm"  # what a round's training begins with
     first_epochs: float = 40.0  # passes over the first set: too few, and the scores of round 1 are noise
@@ -107,5 +107,5 @@ class StudyConfig:
 
     @property
     def operational(self) -> tuple[str, ...]:
-        """More strategies and seeds add to a folder; they change nothing that is there."""
-        return ("strategies", "seeds", "known_f1")
+        """More strategies, seeds and rounds add to a folder; they change nothing that is there."""
+        return ("strategies", "seeds", "known_f1", "protocol.rounds")
