@@ -225,20 +225,43 @@ def test_curves():
     assert curves.f1_at(curve, 0.2) is None and curves.area(curve) == pytest.approx(0.5)
     assert curves.area(curve, 0.04, 0.06) == pytest.approx(0.45)
 
-    def rounds(f1s, chosen):
-        return [RoundRecord(i, 10 * i, s, 1, 1, 0, 10, 2, 3, 1, (c,), 5, 0.0, 0.0, f, f, f, {"A": f})
-                for i, (s, f, c) in enumerate(zip(curve[0], f1s, chosen, strict=True))]
-
-    records = {"random": {s: rounds((0.3, 0.4, 0.5), (0, 1, 2)) for s in range(3)},
-               "mnlp": {s: rounds((0.3, 0.5, 0.7 + s / 100), (0, 2, 3)) for s in range(3)}}
+    records = two_strategies(curve[0])
     each, by = curves.summaries(records, 0.7)
     assert [row["gain"] for row in each if row["strategy"] == "mnlp"] == pytest.approx([0.2, 0.21, 0.22])
     mnlp = next(row for row in by if row["strategy"] == "mnlp")
     assert mnlp["to_95_seeds"] == 3 and mnlp["gain"] == pytest.approx(0.21) and mnlp["gain_sd"] == pytest.approx(0.01)
     assert next(row for row in by if row["strategy"] == "random")["to_95"] is None
     assert [row["jaccard"] for row in curves.overlap(records)] == pytest.approx([0, 1 / 3])
+    assert [row["gain_at_5"] for row in each if row["strategy"] == "mnlp"] == pytest.approx([0.075] * 3)
+    assert mnlp["gain_at_10"] == pytest.approx(0.21) and mnlp["gain_at_10_sd"] == pytest.approx(0.01)
+    assert not [key for row in each for key in row if key.startswith("gain_at_") and key not in ("gain_at_5",
+                                                                                               "gain_at_10")]
     verdicts = {row["name"]: row["verdict"] for row in report.statements(records, 0.7)}
-    assert verdicts == {"gain.mnlp": YES, "words.mnlp": YES, "density": NO, "paper": OPEN}
+    assert verdicts == {"gain.mnlp": OPEN, "words.mnlp": YES, "density": NO, "paper": OPEN}
+
+
+def two_strategies(shares, random=(0.3, 0.4, 0.5)):
+    """mnlp gains 0, 10 and 20 to 22 points over random at three shares, in three seeds."""
+    def rounds(f1s, chosen):
+        return [RoundRecord(i, 10 * i, s, 1, 1, 0, 10, 2, 3, 1, (c,), 5, 0.0, 0.0, f, f, f, {"A": f})
+                for i, (s, f, c) in enumerate(zip(shares, f1s, chosen, strict=True))]
+
+    return {"random": {s: rounds(random, (0, 1, 2)) for s in range(3)},
+            "mnlp": {s: rounds((0.3, 0.5, 0.7 + s / 100), (0, 2, 3)) for s in range(3)}}
+
+
+def test_gains_are_judged_at_22_percent_of_the_words():
+    """Not at the last round; and not at all by curves that end before."""
+    def judged_(shares, random):
+        row = {row["name"]: row for row in report.statements(two_strategies(shares, random), 0.7)}["gain.mnlp"]
+        assert "At 22 % of the words" in row["claim"]
+        return row["verdict"], row["why"]
+
+    assert judged_((0.02, 0.22, 0.4), (0.3, 0.4, 0.75)) == (
+        YES, "F1 above random there: +0.100, +0.100, +0.100")  # the gain at the end is below 0
+    assert judged_((0.02, 0.22, 0.4), (0.3, 0.48, 0.5)) == (NO, "F1 above random there: +0.020, +0.020, +0.020")
+    verdict, why = judged_((0.02, 0.1, 0.2), (0.3, 0.4, 0.5))
+    assert verdict == OPEN and "not reached" in why
 
 
 def test_verdicts():
@@ -251,7 +274,8 @@ def test_the_report(finished):
     about = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(about | {"config": to_dict(cfg)}))
     page = report.build(out).read_text()
-    for told in ("not decidable", "95 %", "entities in 100 words", "Jaccard", "mnlp", "LOC", "calibration error",
+    for told in ("not decidable", "95 %", "F1 above random choice of the same seed", "entities in 100 words",
+                 "Jaccard", "mnlp", "LOC", "calibration error",
                  "an end wrong", "Underlined"):
         assert told in page
     assert f"{results['full.f1']:.4g}" in page

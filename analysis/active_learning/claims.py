@@ -30,11 +30,11 @@ def statements(records: Records, reference: float | None) -> list[dict[str, str]
     for name, label, least in (("mnlp", "MNLP", 0.03), ("bald", "BALD", 0.02), ("lc", "LC", 0.0)):
         if name not in records:
             continue
-        gains = [by[name, seed].get("gain") for seed in records[name]]
+        gains = [by[name, seed].get(curves.at_share("gain", curves.JUDGED)) for seed in records[name]]
         by_points = f" by at least {100 * least:.0f} points" if least else ""
-        state(f"gain.{name}", f"{label} ends above random choice{by_points}.",
-              judged([g - least if g is not None else None for g in gains], "F1 above random at the last round: "
-                     + _told(gains, "+.3f") if any(g is not None for g in gains) else "random was not run"))
+        state(f"gain.{name}", f"At {100 * curves.JUDGED:.0f} % of the words {label} is above random choice{by_points}.",
+              judged([g - least if g is not None else None for g in gains], "F1 above random there: "
+                     + _told(gains, "+.3f") if "random" in records else "random was not run"))
         if name != "lc":
             state(f"words.{name}", f"{label} reaches 95 % of the F1 on all labels with fewer words than random choice.",
                   judged_words(records, by, name, reference))

@@ -81,11 +81,15 @@ def _curves(report: Report, records: Records, reference: float | None, cfg: Stud
     report.table(told, caption="Mean ± standard deviation over seeds. Words: share of the pool's, on the line between "
                  "two rounds; area: mean F1 over the shares that all have; above random: of the same seed, at the last "
                  "common share.", name="summaries")
-    shares = [key for key in by_strategy[0] if key.startswith("f1_at_") and key.removeprefix("f1_at_").isdigit()]
-    if shares:
-        report.table([{"strategy": row["strategy"], **{f"{key.removeprefix('f1_at_')} %": _spread(row, key)
-                                                       for key in shares}} for row in by_strategy],
-                     caption="F1 at a share of the words.", name="f1-at-shares")
+    others = [row for row in by_strategy if row["strategy"] != "random" and row.get("gain") is not None]
+    for name, rows, told in (("f1", by_strategy, "F1 at a share of the words"), ("gain", others, "F1 above random "
+                             "choice of the same seed at a share of the words")):
+        shares = [share for share in curves.SHARES if any(curves.at_share(name, share) in row for row in rows)]
+        if shares:
+            report.table([{"strategy": row["strategy"], **{
+                f"{share:.0%}".replace("%", " %"): _spread(row, curves.at_share(name, share)) for share in shares}}
+                for row in rows], caption=f"{told}, mean ± standard deviation over seeds, where every seed has come so "
+                "far.", name=f"{name}-at-shares")
     report.table(each, caption="Every seed.", name="seeds")
 
 
