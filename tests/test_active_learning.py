@@ -194,6 +194,17 @@ def test_every_strategy_keeps_its_budget_and_repeats_itself(finished):
         assert 24 < sum(len(pool[i]) for i in a) <= 30
 
 
+def test_the_reference_is_trained_for_longer_than_a_learner():
+    """Of the default protocol, in steps over all rounds."""
+    cfg = StudyConfig()
+    steps = {}
+    for name, _, one in study.learners(dataclasses.replace(cfg, seeds=1, strategies=("mnlp",))):
+        a, b = (words_of(text, 118_170, "") for text in (one.protocol.init, one.protocol.words))
+        steps[name] = one.protocol.first_epochs * a + sum(one.protocol.epochs * (a + number * b)
+                                                          for number in range(1, one.protocol.rounds + 1))
+    assert steps["full"] > 1.9 * steps["mnlp"]
+
+
 def test_the_pool_may_end(finished):
     protocol = dataclasses.replace(finished[0].protocol, init="60%", words="50%", rounds=9)
     records = learner(finished, "random", protocol=protocol).run()
