@@ -76,8 +76,8 @@ class StudyConfig:
     protocol: ProtocolConfig = ProtocolConfig()
     strategies: tuple[str, ...] = ("random", "lc", "mnlp", "bald")
     seeds: int = 3
-    # Passes over all labels by the same model, what 95 % and 99 % are of; 0: none. `ner` was best after 27 to 45 passes,
-    # and a learner of the default protocol takes the steps of 20 in sum: a reference of 20 would flatter its shares.
+    # Passes over all labels by the same model, what 95 % and 99 % are of; 0: none. `ner` was best after 27 to 45, and a
+    # learner of the default protocol takes the steps of 20 in sum: a reference of 20 would flatter its shares.
     reference_epochs: float = 40.0
     known_f1: float | None = None  # of the best known system, 0..1: words to 95 % and 99 % of it are told too
     oracle: str = "gold"  # or a folder where people put their exports: see analysis/active_learning/oracle.py

@@ -168,7 +168,8 @@ def _taggers(report: Report, folder: Path, cfg: StudyConfig, records: Records) -
     report.table([{"strategy": name, **{told: counts[name][kind] for kind, told in ner_report.ERRORS.items()}}
                   for name in found], caption="Errors of every strategy after its last round, first seed.",
                  name="errors-by-strategy")
-    ner_report.reliability_section(report, found, "Confidences as the models give them: nothing was fitted, for that "
+    sure = {name: ner_report.events(predictions) for name, predictions in found.items()}
+    ner_report.reliability_section(report, sure, "Confidences as the models give them: nothing was fitted, for that "
                                    "needs labels.")
     ner_report.examples_section(report, found[best], f"{best}, first seed")
 
