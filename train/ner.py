@@ -32,7 +32,7 @@ from train.data.coded_texts import coded_texts
 from train.data.conll import Sentence
 from train.data.tagged import TaggedTexts, tagged_texts
 from train.data.tagged_rows import tagged_rows
-from train.data.word_vectors import read_vectors
+from train.data.word_vectors import read_vectors, wordllama_vectors
 from train.ner_config import NerRun, TaggerConfig
 from train.objectives.tagging import Tagging
 from train.optimizers import make_optimizer, make_schedule
@@ -94,6 +94,8 @@ def starting_vectors(cfg: NerRun, sentences: Sequence[Sequence[str]], folder: Ru
     known = {word.lower() for words in sentences for word in words}
     if cfg.vectors.name == "skipgram":
         found = own_vectors(cfg, sentences, folder)
+    elif cfg.vectors.name == "wordllama":
+        found = wordllama_vectors(known, cfg.model.d_word, cfg.vectors.limit)
     else:
         found = read_vectors(cfg.vectors.path, known, cfg.vectors.limit)
         width = len(next(iter(found.values())))

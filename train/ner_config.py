@@ -39,9 +39,10 @@ class NerDataConfig:
 class VectorsConfig:
     """Where word vectors come from. They are updated in training."""
 
-    name: Literal["random", "file", "skipgram"] = "random"  # skipgram: trained here, on the pool's own text
+    # skipgram: trained here, on the pool's own text; wordllama: of the package's table of pieces of words
+    name: Literal["random", "file", "skipgram", "wordllama"] = "random"
     path: str | None = None  # file: word2vec's text format or GloVe's, plain or gzip
-    limit: int = 20_000  # words of a file that no training sentence has and that are kept all the same, the first
+    limit: int = 20_000  # words of a file or table that no training sentence has and that are kept too, the first
     texts: tuple[str, ...] = ()  # skipgram: more text, the training parts of bc5cdr, craft, mesh_pubmed ...
     epochs: int = 10  # skipgram
     window: int = 5  # skipgram: words to each side
