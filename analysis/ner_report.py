@@ -24,6 +24,8 @@ Predictions = list[dict[str, Any]]
 CONFIDENCE, VOTES = 3, 4  # places in what is said
 NOTHING = "nothing"
 EXAMPLES, LONGEST = 12, 60  # sentences that are shown, and words of one
+PHONE = 3.7  # inches: a wider figure is cut on a phone, and scrolled
+TRAINING = ("step", "loss", "dev_f1", "dev_precision", "dev_recall", "gradient_norm", "learning_rate")  # that is drawn
 ERRORS = {"type": "type wrong, both ends right", "boundary": "type right, an end wrong", "both": "both wrong, overlaps",
           "missed": "missed", "spurious": "there is none"}
 PEERS = {"crf": "feature CRF, no vectors", "spacy": "spaCy's CNN, from scratch"}  # see train/ner_peers.py
@@ -59,7 +61,7 @@ def build(run_dir: str | Path) -> Path:
         examples_section(report, predictions)
     if lines:
         report.section("Training", "Chosen is the step of the best F1 on the development part.")
-        curves(report, {"": lines})
+        curves(report, {"": [{key: line[key] for key in TRAINING if key in line} for line in lines]})
     report.section("What was run")
     report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
     report.table(flat_rows(config), {"key": "setting", "value": "value"}, "The resolved config.", "config")
@@ -156,7 +158,7 @@ def errors_section(report: Report, predictions: Predictions, of: str = "") -> No
     names = [*types_of(predictions), NOTHING]
     table = np.array([[pairs[a, b] for b in names] for a in names], float)
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure, axes = style.new_figure(min(2.6 + 0.6 * len(names), 7), 1.8 + 0.4 * len(names))
+    figure, axes = style.new_figure(min(2.2 + 0.5 * len(names), 7), 1.6 + 0.4 * len(names))
     style.heat_map(axes, share, names, names, "share of the row", vmin=0, vmax=1)
     axes.set(xlabel="said", ylabel="true")
     for i, j in np.ndindex(table.shape):
@@ -172,22 +174,24 @@ def reliability_section(report: Report, by_label: Mapping[str, tuple[np.ndarray,
     """How often entities of a confidence are right; `events` by label."""
     report.section("How far confidences hold", "Entities of a confidence of 0.8 should be right in 80 % of cases: on "
                    f"the line. {note}".strip())
-    figure, axes = style.new_figure(4.6, 4.0)
+    figure, axes = style.new_figure(PHONE, 3.4)
     axes.plot([0, 1], [0, 1], color=style.GRID, linewidth=1)
     points, rows = [], []
     for label, (p, right) in by_label.items():
         if not len(p):
             continue
         found = reliability(p, right)
-        axes.plot([one["confidence"] for one in found], [one["right"] for one in found], marker="o", label=label)
+        x, y = [one["confidence"] for one in found], [one["right"] for one in found]
+        (line,) = axes.plot(x, y, linewidth=1, label=label)
+        axes.scatter(x, y, [4 + 76 * one["n"] / len(p) for one in found], color=line.get_color(), alpha=0.8)
         points += [{"of": label, **one} for one in found]
         rows.append({"of": label, "said entities": len(p), "right": float(right.mean()),
                      "mean confidence": float(p.mean()), "calibration error": calibration_error(p, right)})
     axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
     if len(rows) > 1:
-        axes.legend()
-    report.figure(figure, "Entities that are said, in ten bins of confidence.", points, "reliability",
-                  "Share of right entities over confidence")
+        figure.legend(loc="outside lower center", ncols=3)
+    report.figure(figure, "Entities that are said, in ten bins of confidence; the larger a dot, the more of them.",
+                  points, "reliability", "Share of right entities over confidence")
     report.table(rows, caption="Expected calibration error over ten bins of equal size.", name="calibration")
 
 

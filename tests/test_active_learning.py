@@ -5,6 +5,7 @@ One study is run for all tests, and every learner has its shapes, so that each p
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -286,10 +287,14 @@ def test_the_report(finished):
     (out / "config.json").write_text(json.dumps(about | {"config": to_dict(cfg)}))
     page = report.build(out).read_text()
     for told in ("not decidable", "95 %", "F1 above random choice of the same seed", "entities in 100 words",
-                 "Jaccard", "mnlp", "LOC", "calibration error",
-                 "an end wrong", "Underlined"):
+                 "Jaccard", "mnlp", "LOC", "calibration error", "an end wrong", "Underlined", "seconds of choosing"):
         assert told in page
+    assert 0 < max(figure_widths(page)) < 360  # pixels: what a phone shows without scrolling
     assert f"{results['full.f1']:.4g}" in page
+
+
+def figure_widths(page):
+    return [float(width) for width in re.findall(r"--width: ?([0-9.]+)px", page)]
 
 
 def test_parts_of_a_taggers_report():
@@ -311,13 +316,15 @@ def test_the_report_of_one_tagger(tmp_path):
     files = {"config.json": [{"name": "ner", "config": {"data": {"source": "bc5cdr", "limit": None}}}],
              "results.json": [{"status": "complete", "test.f1": 0.5, "test.f1_low": 0.4, "test.f1_high": 0.6,
                                "test.spacy.f1": 0.7, "test.beam_4.f1": 0.51}],
-             "metrics.jsonl": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "predictions.jsonl": rows}
+             "metrics.jsonl": [{"step": 1, "loss": 2.0, "bad": 0}, {"step": 2, "loss": 1.0, "dev_f1": 0.5}],
+             "predictions.jsonl": rows}
     for name, lines in files.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = ner_report.build(tmp_path).read_text()
     for told in ("0.400 to 0.600", "feature CRF", "spaCy&#39;s CNN", "beam of 4", "type wrong, both ends right",
-                 "calibration error", "[LOC]", "(true: PER)", "loss over steps"):
+                 "calibration error", "[LOC]", "(true: PER)", "loss over steps", "dev_f1 over steps"):
         assert told in page
+    assert "bad over steps" not in page and 0 < max(figure_widths(page)[:2]) < 360
 
 
 @pytest.mark.parametrize("overrides, told", [

@@ -52,7 +52,7 @@ def statements(records: Records, reference: float | None) -> list[dict[str, str]
         state("decoder", "BALD with dropout in the decoder alone ends within 1 point of BALD.",
               judged(gaps, "difference of F1: " + _told([0.01 - gap for gap in gaps], ".3f")))
     reached = {name: [by[name, s].get("to_99") for s in seeds] for name, seeds in records.items() if name != "random"}
-    told = "; ".join(f"{name} {_told(values, '.1%')}" for name, values in reached.items())
+    told = "; ".join(f"{name} {', '.join(map(_percent, values))}" for name, values in reached.items())
     if reference and reached:
         rows.append({"name": "paper", "verdict": OPEN, "claim": "99 % of the F1 on all labels needs about a quarter of "
                      f"the words, as in the paper: {PAPER}.", "why":
@@ -70,7 +70,7 @@ def judged_words(records: Records, by: Mapping[Any, Mapping[str, Any]], name: st
     for seed in _shared(records, "random", name):
         mine, other = by[name, seed].get("to_95"), by["random", seed].get("to_95")
         end = by["random", seed]["share"]
-        told.append(f"{_percent(mine)} against {_percent(other) if other is not None else f'more than {end:.1%}'}")
+        told.append(f"{_percent(mine)} against " + (f"more than {_percent(end)}" if other is None else _percent(other)))
         gaps.append(None if mine is None and other is None else 1.0 if other is None and mine <= end else
                     -1.0 if mine is None else other - mine if other is not None else None)
     return judged(gaps, "share of the words: " + "; ".join(told))
@@ -105,4 +105,4 @@ def _told(values: Sequence[float | None], form: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:.1%}"
+    return "not reached" if value is None else f"{100 * value:.1f} %"
