@@ -57,6 +57,7 @@ setup(
         "icd": ["simple-icd-10-cm>=1.5"],  # the whole ICD-10-CM tree, for jaxmodels.text2tree.packages
         "bench": ["psutil>=6", "torch>=2.13", "accelerate>=1", "captum>=0.9"],  # peers that benchmarks run side by side
         "peers": ["sklearn-crfsuite>=0.5", "spacy>=3.8"],  # taggers that `ner` trains beside its own (peers=crf,spacy)
+        "wordllama": ["wordllama>=0.4"],  # vectors.name=wordllama: two files of it are read, its code is not
         "test": TEST,
     },
     entry_points={"console_scripts": ["jaxmodels=jaxmodels.cli:entry"]},

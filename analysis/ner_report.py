@@ -19,9 +19,13 @@ from jaxmodels.errors import UserError
 from train.entity_metrics import entity_scores, errors
 from train.tag_confidence import calibration_error, reliability
 
-Predictions = list[dict[str, Any]]  # words, truth (start, stop, type), said (the same and a confidence), confidence
+# words, truth (start, stop, type), said (the same, a confidence, and a share of votes if they were asked), confidence
+Predictions = list[dict[str, Any]]
+CONFIDENCE, VOTES = 3, 4  # places in what is said
 NOTHING = "nothing"
 EXAMPLES, LONGEST = 12, 60  # sentences that are shown, and words of one
+PHONE = 3.7  # inches: a wider figure is cut on a phone, and scrolled
+TRAINING = ("step", "loss", "dev_f1", "dev_precision", "dev_recall", "gradient_norm", "learning_rate")  # that is drawn
 ERRORS = {"type": "type wrong, both ends right", "boundary": "type right, an end wrong", "both": "both wrong, overlaps",
           "missed": "missed", "spurious": "there is none"}
 PEERS = {"crf": "feature CRF, no vectors", "spacy": "spaCy's CNN, from scratch"}  # see train/ner_peers.py
@@ -48,11 +52,16 @@ def build(run_dir: str | Path) -> Path:
     if predictions:
         types_section(report, {"test": predictions})
         errors_section(report, predictions)
-        reliability_section(report, {"test": predictions})
+        sure = {"probabilities": events(predictions)}
+        if any(len(one) > VOTES for row in predictions for one in row["said"]):
+            sure["votes"] = events(predictions, VOTES)
+        reliability_section(report, sure, "Probabilities are calibrated on the development part; votes, the share of "
+                            "passes with dropout that find the entity too, are told as they are." if len(sure) > 1
+                            else "")
         examples_section(report, predictions)
     if lines:
         report.section("Training", "Chosen is the step of the best F1 on the development part.")
-        curves(report, {"": lines})
+        curves(report, {"": [{key: line[key] for key in TRAINING if key in line} for line in lines]})
     report.section("What was run")
     report.table(flat_rows(results), {"key": "number", "value": "value"}, "All results.", "results")
     report.table(flat_rows(config), {"key": "setting", "value": "value"}, "The resolved config.", "config")
@@ -117,9 +126,9 @@ def error_counts(predictions: Predictions) -> tuple[Counter[str], Counter[tuple[
     return kinds, pairs
 
 
-def events(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence and rightness of every entity that is said."""
-    said = [(one[3], one[:3] in row["truth"]) for row in predictions for one in row["said"]]
+def events(predictions: Predictions, place: int = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence (or votes) and rightness of every entity that is said."""
+    said = [(one[place], one[:3] in row["truth"]) for row in predictions for one in row["said"]]
     return np.array([p for p, _ in said], float), np.array([right for _, right in said], bool)
 
 
@@ -149,7 +158,7 @@ def errors_section(report: Report, predictions: Predictions, of: str = "") -> No
     names = [*types_of(predictions), NOTHING]
     table = np.array([[pairs[a, b] for b in names] for a in names], float)
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure, axes = style.new_figure(min(2.6 + 0.6 * len(names), 7), 1.8 + 0.4 * len(names))
+    figure, axes = style.new_figure(min(2.2 + 0.5 * len(names), 7), 1.6 + 0.4 * len(names))
     style.heat_map(axes, share, names, names, "share of the row", vmin=0, vmax=1)
     axes.set(xlabel="said", ylabel="true")
     for i, j in np.ndindex(table.shape):
@@ -161,27 +170,28 @@ def errors_section(report: Report, predictions: Predictions, of: str = "") -> No
                                                           for b in names], "confusion", "Confusion of entity types")
 
 
-def reliability_section(report: Report, by_label: Mapping[str, Predictions], note: str = "") -> None:
-    """How often entities of a confidence are right."""
+def reliability_section(report: Report, by_label: Mapping[str, tuple[np.ndarray, np.ndarray]], note: str = "") -> None:
+    """How often entities of a confidence are right; `events` by label."""
     report.section("How far confidences hold", "Entities of a confidence of 0.8 should be right in 80 % of cases: on "
                    f"the line. {note}".strip())
-    figure, axes = style.new_figure(4.6, 4.0)
+    figure, axes = style.new_figure(PHONE, 3.4)
     axes.plot([0, 1], [0, 1], color=style.GRID, linewidth=1)
     points, rows = [], []
-    for label, predictions in by_label.items():
-        p, right = events(predictions)
+    for label, (p, right) in by_label.items():
         if not len(p):
             continue
         found = reliability(p, right)
-        axes.plot([one["confidence"] for one in found], [one["right"] for one in found], marker="o", label=label)
+        x, y = [one["confidence"] for one in found], [one["right"] for one in found]
+        (line,) = axes.plot(x, y, linewidth=1, label=label)
+        axes.scatter(x, y, [4 + 76 * one["n"] / len(p) for one in found], color=line.get_color(), alpha=0.8)
         points += [{"of": label, **one} for one in found]
         rows.append({"of": label, "said entities": len(p), "right": float(right.mean()),
                      "mean confidence": float(p.mean()), "calibration error": calibration_error(p, right)})
     axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    if len(by_label) > 1:
-        axes.legend()
-    report.figure(figure, "Entities that are said, in ten bins of confidence.", points, "reliability",
-                  "Share of right entities over confidence")
+    if len(rows) > 1:
+        figure.legend(loc="outside lower center", ncols=3)
+    report.figure(figure, "Entities that are said, in ten bins of confidence; the larger a dot, the more of them.",
+                  points, "reliability", "Share of right entities over confidence")
     report.table(rows, caption="Expected calibration error over ten bins of equal size.", name="calibration")
 
 

@@ -12,8 +12,9 @@ section 6. Vocabulary from the text of the whole pool, tags from its labels, no 
     jaxmodels run ner_active_learning preset=tiny                          # checks an installation
     jaxmodels run ner_active_learning preset=paper                         # 54 rounds of 2 %: for a GPU
 
-Two cores decide the sizes: 4 strategies x 3 seeds x about 20 passes over all words in sum, and 3 references of 20; a
-step of the default's 4 rows was seen to take 0.047 s of one core, and a learner takes about 5,400 of them.
+Two cores decide the sizes: 4 strategies x 3 seeds x about 20 passes over all words in sum, and 3 references of 40; a
+step of the default's 4 rows was seen to take 0.047 s of one core, and a learner takes about 5,400 of them, a reference
+about 10,700.
 """
 
 from analysis.active_learning.config import StudyConfig

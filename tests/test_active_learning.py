@@ -5,6 +5,7 @@ One study is run for all tests, and every learner has its shapes, so that each p
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -112,6 +113,29 @@ def test_the_study_tells_and_does_nothing_twice(finished, monkeypatch):
         study.run(cfg, folder)
 
 
+def test_more_rounds_go_on_where_fewer_ended(finished, tmp_path, monkeypatch):
+    """Two rounds, then a third, as three at once; the reference has no more to learn, and keeps no state."""
+    cfg, out, results, _, _ = finished
+
+    def study_of(rounds):
+        one = dataclasses.replace(cfg, strategies=("mnlp",), seeds=1,
+                                  protocol=dataclasses.replace(cfg.protocol, rounds=rounds))
+        with RunFolder(tmp_path / "run", to_dict(one), operational=one.operational) as folder:
+            study.run(one, folder)
+            return study.read_records(one, tmp_path / "run")[0]["mnlp"][0], folder.results()
+
+    mine, whole = tmp_path / "run" / "mnlp" / "seed0", out / "mnlp" / "seed0"
+    fewer, _ = study_of(2)
+    assert len(fewer) == 3 and (mine / "state.npz").exists()
+    assert not (tmp_path / "run" / "full" / "seed0" / "state.npz").exists()
+    more, told = study_of(3)
+    assert same(more) == same(study.read_records(cfg, out)[0]["mnlp"][0])
+    assert told["mnlp.f1"] == results["mnlp.f1.seed0"] and told["mnlp.share"] > fewer[-1].share
+    assert (mine / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    monkeypatch.setattr(ActiveLearner, "run", lambda self: pytest.fail("trained again"))
+    assert same(study_of(1)[0]) == same(more)  # fewer again: what is there stays
+
+
 def test_interrupted_anywhere_it_ends_alike(finished, tmp_path, monkeypatch):
     """Stopped every few checks: while choosing, in the middle of training, while scoring."""
     cfg, out, _, _, _ = finished
@@ -171,6 +195,17 @@ def test_every_strategy_keeps_its_budget_and_repeats_itself(finished):
         assert 24 < sum(len(pool[i]) for i in a) <= 30
 
 
+def test_the_reference_is_trained_for_longer_than_a_learner():
+    """Of the default protocol, in steps over all rounds."""
+    cfg = StudyConfig()
+    steps = {}
+    for name, _, one in study.learners(dataclasses.replace(cfg, seeds=1, strategies=("mnlp",))):
+        a, b = (words_of(text, 118_170, "") for text in (one.protocol.init, one.protocol.words))
+        steps[name] = one.protocol.first_epochs * a + sum(one.protocol.epochs * (a + number * b)
+                                                          for number in range(1, one.protocol.rounds + 1))
+    assert steps["full"] > 1.9 * steps["mnlp"]
+
+
 def test_the_pool_may_end(finished):
     protocol = dataclasses.replace(finished[0].protocol, init="60%", words="50%", rounds=9)
     records = learner(finished, "random", protocol=protocol).run()
@@ -202,20 +237,43 @@ def test_curves():
     assert curves.f1_at(curve, 0.2) is None and curves.area(curve) == pytest.approx(0.5)
     assert curves.area(curve, 0.04, 0.06) == pytest.approx(0.45)
 
-    def rounds(f1s, chosen):
-        return [RoundRecord(i, 10 * i, s, 1, 1, 0, 10, 2, 3, 1, (c,), 5, 0.0, 0.0, f, f, f, {"A": f})
-                for i, (s, f, c) in enumerate(zip(curve[0], f1s, chosen, strict=True))]
-
-    records = {"random": {s: rounds((0.3, 0.4, 0.5), (0, 1, 2)) for s in range(3)},
-               "mnlp": {s: rounds((0.3, 0.5, 0.7 + s / 100), (0, 2, 3)) for s in range(3)}}
+    records = two_strategies(curve[0])
     each, by = curves.summaries(records, 0.7)
     assert [row["gain"] for row in each if row["strategy"] == "mnlp"] == pytest.approx([0.2, 0.21, 0.22])
     mnlp = next(row for row in by if row["strategy"] == "mnlp")
     assert mnlp["to_95_seeds"] == 3 and mnlp["gain"] == pytest.approx(0.21) and mnlp["gain_sd"] == pytest.approx(0.01)
     assert next(row for row in by if row["strategy"] == "random")["to_95"] is None
     assert [row["jaccard"] for row in curves.overlap(records)] == pytest.approx([0, 1 / 3])
+    assert [row["gain_at_5"] for row in each if row["strategy"] == "mnlp"] == pytest.approx([0.075] * 3)
+    assert mnlp["gain_at_10"] == pytest.approx(0.21) and mnlp["gain_at_10_sd"] == pytest.approx(0.01)
+    assert not [key for row in each for key in row if key.startswith("gain_at_") and key not in ("gain_at_5",
+                                                                                               "gain_at_10")]
     verdicts = {row["name"]: row["verdict"] for row in report.statements(records, 0.7)}
-    assert verdicts == {"gain.mnlp": YES, "words.mnlp": YES, "density": NO, "paper": OPEN}
+    assert verdicts == {"gain.mnlp": OPEN, "words.mnlp": YES, "density": NO, "paper": OPEN}
+
+
+def two_strategies(shares, random=(0.3, 0.4, 0.5)):
+    """mnlp gains 0, 10 and 20 to 22 points over random at three shares, in three seeds."""
+    def rounds(f1s, chosen):
+        return [RoundRecord(i, 10 * i, s, 1, 1, 0, 10, 2, 3, 1, (c,), 5, 0.0, 0.0, f, f, f, {"A": f})
+                for i, (s, f, c) in enumerate(zip(shares, f1s, chosen, strict=True))]
+
+    return {"random": {s: rounds(random, (0, 1, 2)) for s in range(3)},
+            "mnlp": {s: rounds((0.3, 0.5, 0.7 + s / 100), (0, 2, 3)) for s in range(3)}}
+
+
+def test_gains_are_judged_at_22_percent_of_the_words():
+    """Not at the last round; and not at all by curves that end before."""
+    def judged_(shares, random):
+        row = {row["name"]: row for row in report.statements(two_strategies(shares, random), 0.7)}["gain.mnlp"]
+        assert "At 22 % of the words" in row["claim"]
+        return row["verdict"], row["why"]
+
+    assert judged_((0.02, 0.22, 0.4), (0.3, 0.4, 0.75)) == (
+        YES, "F1 above random there: +0.100, +0.100, +0.100")  # the gain at the end is below 0
+    assert judged_((0.02, 0.22, 0.4), (0.3, 0.48, 0.5)) == (NO, "F1 above random there: +0.020, +0.020, +0.020")
+    verdict, why = judged_((0.02, 0.1, 0.2), (0.3, 0.4, 0.5))
+    assert verdict == OPEN and "not reached" in why
 
 
 def test_verdicts():
@@ -228,10 +286,15 @@ def test_the_report(finished):
     about = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(about | {"config": to_dict(cfg)}))
     page = report.build(out).read_text()
-    for told in ("not decidable", "95 %", "entities in 100 words", "Jaccard", "mnlp", "LOC", "calibration error",
-                 "an end wrong", "Underlined"):
+    for told in ("not decidable", "95 %", "F1 above random choice of the same seed", "entities in 100 words",
+                 "Jaccard", "mnlp", "LOC", "calibration error", "an end wrong", "Underlined", "seconds of choosing"):
         assert told in page
+    assert 0 < max(figure_widths(page)) < 360  # pixels: what a phone shows without scrolling
     assert f"{results['full.f1']:.4g}" in page
+
+
+def figure_widths(page):
+    return [float(width) for width in re.findall(r"--width: ?([0-9.]+)px", page)]
 
 
 def test_parts_of_a_taggers_report():
@@ -253,13 +316,15 @@ def test_the_report_of_one_tagger(tmp_path):
     files = {"config.json": [{"name": "ner", "config": {"data": {"source": "bc5cdr", "limit": None}}}],
              "results.json": [{"status": "complete", "test.f1": 0.5, "test.f1_low": 0.4, "test.f1_high": 0.6,
                                "test.spacy.f1": 0.7, "test.beam_4.f1": 0.51}],
-             "metrics.jsonl": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "predictions.jsonl": rows}
+             "metrics.jsonl": [{"step": 1, "loss": 2.0, "bad": 0}, {"step": 2, "loss": 1.0, "dev_f1": 0.5}],
+             "predictions.jsonl": rows}
     for name, lines in files.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = ner_report.build(tmp_path).read_text()
     for told in ("0.400 to 0.600", "feature CRF", "spaCy&#39;s CNN", "beam of 4", "type wrong, both ends right",
-                 "calibration error", "[LOC]", "(true: PER)", "loss over steps"):
+                 "calibration error", "[LOC]", "(true: PER)", "loss over steps", "dev_f1 over steps"):
         assert told in page
+    assert "bad over steps" not in page and 0 < max(figure_widths(page)[:2]) < 360
 
 
 @pytest.mark.parametrize("overrides, told", [

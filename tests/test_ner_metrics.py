@@ -124,6 +124,14 @@ def test_calibration_finds_what_was_done_to_probabilities():
     assert all(abs(line["confidence"] - line["right"]) < 0.05 for line in table)
 
 
+def test_equal_confidences_are_in_one_bin():
+    """Else the order of the corpus would make bins of what is right and what is wrong."""
+    p = np.repeat([0.5, 1.0], 50)
+    right = np.concatenate([np.arange(50) < 25, np.arange(50) < 40])
+    assert tag_confidence.calibration_error(p, right) == pytest.approx(0.1)
+    assert tag_confidence.calibration_error(p, right[::-1]) == pytest.approx(0.5 * 0.3 + 0.5 * 0.5)
+
+
 def test_events_of_sentences():
     found = [Tagged(["B-X", "O"], np.log([0.5, 0.8]), np.zeros(2), float(np.log(0.4))),
              Tagged(["B-X", "I-X"], np.log([0.5, 0.4]), np.zeros(2), float(np.log(0.2)))]

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from analysis import ner_report
 from jaxmodels import cli
 from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
 from jaxmodels.cnn_cnn_lstm.network import CnnCnnLstm
-from jaxmodels.cnn_cnn_lstm.passes import dropout_passes
+from jaxmodels.cnn_cnn_lstm.passes import dropout_passes, entity_votes
+from jaxmodels.cnn_cnn_lstm.schemes import Entity, entities
 from jaxmodels.cnn_cnn_lstm.tagger import LENGTHS, Tagger
 from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary, pieces
 from jaxmodels.errors import Interrupted, UserError
@@ -38,6 +40,11 @@ def test_it_learns_sentences_by_heart(finished):
     assert {line["step"] for line in lines if "dev_f1" in line} == {25, 50, 75}
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and all([said[:3] for said in row["said"]] == row["truth"] for row in rows)
+    votes = [said[4] for row in rows for said in row["said"]]
+    assert results["test.entity_ece_votes"] == pytest.approx(1 - np.mean(votes))  # all is right
+    assert set(votes) <= {n / 10 for n in range(11)} and np.mean(votes) > 0.5
+    page = (ner_report.build(out)).read_text()
+    assert "votes" in page and "probabilities" in page
 
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
@@ -95,6 +102,23 @@ def test_predict(finished, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_votes_as_confidences(finished, tmp_path, capsys):
+    """They are asked for in a finished run, and change nothing else in it."""
+    _, out, data = finished
+    shutil.copytree(out, tmp_path / "out")
+    run(tmp_path / "out", data, "epochs=1", "least_steps=75", "confidence=votes")
+    text = ["--text", "Aspirin eases pain."]
+    sure = []
+    for folder in (out, tmp_path / "out"):
+        assert cli.main(["predict", str(folder), *text]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        sure.append([(line[1], line[2], line[-1]) for line in lines])
+        shares = [float(line[5]) * 10 for line in lines]
+    assert sure[0] == sure[1] and len(shares) == 2
+    assert shares == pytest.approx(np.round(shares), abs=1e-4) and 0 < max(shares) <= 10
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (out / "predictions.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("override, told", [
     ("data.batch=4096", "data.batch=4096 is more than the .* rows of 16 positions"),
     ("data.source=bc5cdr", "data.path=.* and data.source=bc5cdr: give one of them"),
@@ -105,13 +129,14 @@ def test_bad_input(override, told, finished, tmp_path):
 
 
 @pytest.mark.parametrize("override, told", [
-    ("epochs=0", "epochs=0"), ("data.limit=0", "data.limit=0"), ("model.chars=3", "model.chars=3"),
+    ("epochs=0", "epochs=0"), ("votes=-1", "votes=-1"), ("data.limit=0", "data.limit=0"),
+    ("model.chars=3", "model.chars=3"), ("votes=0 confidence=votes", "votes=0 must be"),
     ("vectors.name=file", "vectors.name=file and vectors.path=None"), ("model.head=softmax", "expected lstm|crf"),
     ("loop.style=pmap", "loop.style=pmap"),
 ])
 def test_bad_values(override, told):
     with pytest.raises(UserError, match=told):
-        resolve("ner", [override])
+        resolve("ner", override.split(" "))
 
 
 # The tagger
@@ -182,6 +207,25 @@ def test_passes_with_dropout(tagger):
     assert inside[2].information.max() > 0 and not np.array_equal(inside[2].information, a[2].information)
     with pytest.raises(UserError, match="passes=0"):
         dropout_passes(tagger, words, 0)
+
+
+def test_votes_for_entities(tagger):
+    """Shares of the passes that find an entity of the same words and type; without dropout all do."""
+    words = [["Aspirin", "and", "shock"], [], ["Nothing", "was"], ["Unheard", "fever"]]
+    drug = Entity(0, 1, "Drug")
+    said = [[drug, Entity(0, 2, "Drug"), Entity(0, 1, "Ill")], [], [], [Entity(0, 2, "Ill"), Entity(1, 2, "Ill")]]
+    shares = entity_votes(tagger, words, said, 8)
+    assert [len(one) for one in shares] == [3, 0, 0, 2] and shares == entity_votes(tagger, words, said, 8)
+    names = tagger.vocabulary.tags
+    found = dropout_passes(tagger, [words[0], words[3]], 8)
+    counts = [[sum(entity in entities([names[k] for k in ids]) for ids in one.tags) for entity in asked]
+              for one, asked in zip(found, (said[0], said[3]), strict=True)]
+    assert [[8 * share for share in shares[i]] for i in (0, 3)] == counts and counts[0][0] > counts[0][1]
+    vocabulary = Vocabulary.build([["a", "b"]], ["X"], length=6)
+    sure = Tagger(CnnCnnLstm(CnnCnnLstmConfig.tiny(**vocabulary.sizes, dropout=0.0), rngs=nnx.Rngs(0)), vocabulary)
+    text = [["a", "b", "b", "a"][:n] for n in (1, 2, 3, 4)]
+    said = [entities(one.tags) for one in sure.tag(text)]
+    assert sum(map(len, said)) and all(share == 1 for one in entity_votes(sure, text, said, 3) for share in one)
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxmodels.cnn_cnn_lstm import tokens
 from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
 from jaxmodels.cnn_cnn_lstm.network import CnnCnnLstm
+from jaxmodels.cnn_cnn_lstm.passes import entity_votes
 from jaxmodels.cnn_cnn_lstm.schemes import entities
 from jaxmodels.cnn_cnn_lstm.tagger import Tagged, Tagger, confidence
 from jaxmodels.cnn_cnn_lstm.vocabulary import SPECIAL, Vocabulary
@@ -31,7 +32,7 @@ from train.data.coded_texts import coded_texts
 from train.data.conll import Sentence
 from train.data.tagged import TaggedTexts, tagged_texts
 from train.data.tagged_rows import tagged_rows
-from train.data.word_vectors import read_vectors
+from train.data.word_vectors import read_vectors, wordllama_vectors
 from train.ner_config import NerRun, TaggerConfig
 from train.objectives.tagging import Tagging
 from train.optimizers import make_optimizer, make_schedule
@@ -93,6 +94,8 @@ def starting_vectors(cfg: NerRun, sentences: Sequence[Sequence[str]], folder: Ru
     known = {word.lower() for words in sentences for word in words}
     if cfg.vectors.name == "skipgram":
         found = own_vectors(cfg, sentences, folder)
+    elif cfg.vectors.name == "wordllama":
+        found = wordllama_vectors(known, cfg.model.d_word, cfg.vectors.limit)
     else:
         found = read_vectors(cfg.vectors.path, known, cfg.vectors.limit)
         width = len(next(iter(found.values())))
@@ -231,30 +234,37 @@ def finish(cfg: NerRun, folder: RunFolder, source: TaggedTexts, tagger: Tagger) 
     began = time.perf_counter()
     found = tagger.tag(words, check=folder.check_stop)
     results["test.words_per_second"] = sum(map(len, words)) / (time.perf_counter() - began)  # compiled on dev
-    results |= scores_of("test", cfg, test, found, tagger)
+    votes = entity_votes(tagger, words, [entities(one.tags) for one in found], cfg.votes, seed=cfg.seed,
+                         check=folder.check_stop) if cfg.votes else None
+    results |= scores_of("test", cfg, test, found, tagger, votes)
     if cfg.beam > 1:
         wide = tagger.tag(words, beam=cfg.beam, check=folder.check_stop)
         results[f"test.beam_{cfg.beam}.f1"] = entity_metrics.f1([one.tags for one in test], [one.tags for one in wide])
-    write_predictions(folder.path("predictions.jsonl"), test, found, tagger)
+    write_predictions(folder.path("predictions.jsonl"), test, found, tagger, votes)
     return results
 
 
-def scores_of(part: str, cfg: NerRun, sentences: Sequence[Sentence], found: Sequence[Tagged], tagger: Tagger
-              ) -> dict[str, float]:
+def scores_of(part: str, cfg: NerRun, sentences: Sequence[Sentence], found: Sequence[Tagged], tagger: Tagger,
+              votes: Sequence[Sequence[float]] | None = None) -> dict[str, float]:
     truth, said = [one.tags for one in sentences], [one.tags for one in found]
     low, high = entity_metrics.f1_interval(truth, said, cfg.bootstrap, cfg.seed)
     numbers = entity_metrics.entity_scores(truth, said) | {"f1_low": low, "f1_high": high}
     numbers |= entity_metrics.surface_f1([one.words for one in sentences], truth, said)
-    numbers |= tag_confidence.numbers(truth, found, tagger.calibration)
+    numbers |= tag_confidence.numbers(truth, found, tagger.calibration, votes)
     return {f"{part}.{name}": value for name, value in numbers.items()}
 
 
-def write_predictions(path: Path, sentences: Sequence[Sentence], found: Sequence[Tagged], tagger: Tagger) -> Path:
-    """A sentence a line: words, entities (truth; said with confidence) by their words, confidence of the whole."""
-    rows = [{"words": one.words, "truth": entities(one.tags),
-             "said": [(*each, round(tagger.entity_confidence(tagged, each), 4)) for each in entities(tagged.tags)],
-             "confidence": round(float(confidence(tagged.total, tagger.calibration.sentence)), 4)}
-            for one, tagged in zip(sentences, found, strict=True)]
+def write_predictions(path: Path, sentences: Sequence[Sentence], found: Sequence[Tagged], tagger: Tagger,
+                      votes: Sequence[Sequence[float]] | None = None) -> Path:
+    """A sentence a line: words, entities (truth; said with confidence, and votes if there are) by their words,
+    confidence of the whole."""
+    rows = []
+    for i, (one, tagged) in enumerate(zip(sentences, found, strict=True)):
+        said = [(*each, round(tagger.entity_confidence(tagged, each), 4)) for each in entities(tagged.tags)]
+        if votes is not None:
+            said = [(*each, share) for each, share in zip(said, votes[i], strict=True)]
+        rows.append({"words": one.words, "truth": entities(one.tags), "said": said,
+                     "confidence": round(float(confidence(tagged.total, tagger.calibration.sentence)), 4)})
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     return write_atomic(path, lambda file: file.write(data))
 
@@ -267,12 +277,14 @@ COLUMNS = ("start", "end", "type", "entity", "confidence", "sentence_start", "se
 
 def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: int | None = None) -> Predictions:
     """See `train.predict`. A row an entity, in the order of the text; places count characters (code points) from 0,
-    the end not included. top: of each text at most so many, the surest."""
+    the end not included. top: of each text at most so many, the surest. Entities' confidences are what the config's
+    `confidence` says, a sentence's is of its probability."""
     tagger = Tagger.load(folder / "model")
+    votes = config["votes"] if config.get("confidence") == "votes" else 0
 
     def rows() -> Iterator[tuple[int, tuple[Any, ...]]]:
         for at in range(0, len(texts), PIECE):
-            for i, sentences in enumerate(tagger.annotate_all(texts[at:at + PIECE]), at):
+            for i, sentences in enumerate(tagger.annotate_all(texts[at:at + PIECE], votes=votes), at):
                 found = [(one.start, one.stop, one.type, one.text, one.confidence, sentence.start, sentence.stop,
                           sentence.confidence) for sentence in sentences for one in sentence.entities]
                 if top is not None and len(found) > top:

@@ -39,9 +39,10 @@ class NerDataConfig:
 class VectorsConfig:
     """Where word vectors come from. They are updated in training."""
 
-    name: Literal["random", "file", "skipgram"] = "random"  # skipgram: trained here, on the pool's own text
+    # skipgram: trained here, on the pool's own text; wordllama: of the package's table of pieces of words
+    name: Literal["random", "file", "skipgram", "wordllama"] = "random"
     path: str | None = None  # file: word2vec's text format or GloVe's, plain or gzip
-    limit: int = 20_000  # words of a file that no training sentence has and that are kept all the same, the first
+    limit: int = 20_000  # words of a file or table that no training sentence has and that are kept too, the first
     texts: tuple[str, ...] = ()  # skipgram: more text, the training parts of bc5cdr, craft, mesh_pubmed ...
     epochs: int = 10  # skipgram
     window: int = 5  # skipgram: words to each side
@@ -97,6 +98,8 @@ class NerRun:
     least_steps: int = 500  # of small data, whatever epochs says
     patience: int = 8  # evaluations without a better F1 on the development part that end the training
     beam: int = 1  # above 1: the test part is decoded with such a beam too, beside greedily
+    votes: int = 10  # passes with dropout whose agreement on an entity is measured beside its probability; 0: none
+    confidence: Literal["probability", "votes"] = "probability"  # of entities, in `predict`; may be changed later
     bootstrap: int = 1000  # draws behind every interval
     peers: tuple[Literal["crf", "spacy"], ...] = ()  # also trained on the same sentences; need the extra `peers`
     mesh: MeshConfig = MeshConfig()
@@ -110,10 +113,12 @@ class NerRun:
         for name in ("epochs", "least_steps", "patience", "beam", "bootstrap"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.votes < (self.confidence == "votes"):
+            raise UserError(f"votes={self.votes} must be at least 0, and 1 for confidence=votes")
         if self.loop.style == "pmap":
             raise UserError("loop.style=pmap is for old scripts; ner runs with auto or per_device")
 
     @property
     def operational(self) -> tuple[str, ...]:
         """Keys with which a run may be continued in its folder: they change how it runs, not what it computes."""
-        return operational(self.loop)
+        return (*operational(self.loop), "confidence")

@@ -51,11 +51,17 @@ def fitted(truth: Sequence[Sequence[str]], found: Sequence[Tagged]) -> Calibrati
 
 
 def calibration_error(p: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean of |share that is right - mean confidence| over equally filled bins."""
+    """Expected calibration error: mean of |share that is right - mean confidence| over equally filled bins.
+
+    Equal confidences, of which votes have many, are in one bin: between two the order in the corpus would decide.
+    """
     if not len(p):
         return float("nan")
-    parts = np.array_split(np.argsort(p, kind="stable"), min(bins, len(p)))
-    return float(sum(len(part) * abs(right[part].mean() - p[part].mean()) for part in parts) / len(p))
+    order = np.argsort(p, kind="stable")
+    p, right = np.asarray(p, float)[order], np.asarray(right)[order]
+    starts = [part[0] for part in np.array_split(np.arange(len(p)), min(bins, len(p)))]
+    place = np.searchsorted(starts, np.searchsorted(p, p), side="right")
+    return float(np.abs(np.bincount(place, right - p)).sum() / len(p))
 
 
 def reliability(p: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
@@ -65,10 +71,14 @@ def reliability(p: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict
              "n": int((place == b).sum())} for b in range(bins) if (place == b).any()]
 
 
-def numbers(truth: Sequence[Sequence[str]], found: Sequence[Tagged], calibration: Calibration) -> dict[str, float]:
-    """entity_ece, sentence_ece, and the same before calibration (``_raw``)."""
-    out = {}
-    for name, one in events(truth, found).items():
+def numbers(truth: Sequence[Sequence[str]], found: Sequence[Tagged], calibration: Calibration,
+            votes: Sequence[Sequence[float]] | None = None) -> dict[str, float]:
+    """entity_ece, sentence_ece, and the same before calibration (``_raw``). votes: see `entity_votes`; with them
+    entity_ece_votes, of these shares as they are."""
+    out, seen = {}, events(truth, found)
+    if votes is not None:
+        out["entity_ece_votes"] = calibration_error(np.array([p for one in votes for p in one]), seen["entity"].right)
+    for name, one in seen.items():
         out[f"{name}_ece"] = calibration_error(confidence(one.log_prob, getattr(calibration, name)), one.right)
         out[f"{name}_ece_raw"] = calibration_error(confidence(one.log_prob), one.right)
     return out

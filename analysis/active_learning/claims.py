@@ -30,11 +30,11 @@ def statements(records: Records, reference: float | None) -> list[dict[str, str]
     for name, label, least in (("mnlp", "MNLP", 0.03), ("bald", "BALD", 0.02), ("lc", "LC", 0.0)):
         if name not in records:
             continue
-        gains = [by[name, seed].get("gain") for seed in records[name]]
+        gains = [by[name, seed].get(curves.at_share("gain", curves.JUDGED)) for seed in records[name]]
         by_points = f" by at least {100 * least:.0f} points" if least else ""
-        state(f"gain.{name}", f"{label} ends above random choice{by_points}.",
-              judged([g - least if g is not None else None for g in gains], "F1 above random at the last round: "
-                     + _told(gains, "+.3f") if any(g is not None for g in gains) else "random was not run"))
+        state(f"gain.{name}", f"At {100 * curves.JUDGED:.0f} % of the words {label} is above random choice{by_points}.",
+              judged([g - least if g is not None else None for g in gains], "F1 above random there: "
+                     + _told(gains, "+.3f") if "random" in records else "random was not run"))
         if name != "lc":
             state(f"words.{name}", f"{label} reaches 95 % of the F1 on all labels with fewer words than random choice.",
                   judged_words(records, by, name, reference))
@@ -52,7 +52,7 @@ def statements(records: Records, reference: float | None) -> list[dict[str, str]
         state("decoder", "BALD with dropout in the decoder alone ends within 1 point of BALD.",
               judged(gaps, "difference of F1: " + _told([0.01 - gap for gap in gaps], ".3f")))
     reached = {name: [by[name, s].get("to_99") for s in seeds] for name, seeds in records.items() if name != "random"}
-    told = "; ".join(f"{name} {_told(values, '.1%')}" for name, values in reached.items())
+    told = "; ".join(f"{name} {', '.join(map(_percent, values))}" for name, values in reached.items())
     if reference and reached:
         rows.append({"name": "paper", "verdict": OPEN, "claim": "99 % of the F1 on all labels needs about a quarter of "
                      f"the words, as in the paper: {PAPER}.", "why":
@@ -70,7 +70,7 @@ def judged_words(records: Records, by: Mapping[Any, Mapping[str, Any]], name: st
     for seed in _shared(records, "random", name):
         mine, other = by[name, seed].get("to_95"), by["random", seed].get("to_95")
         end = by["random", seed]["share"]
-        told.append(f"{_percent(mine)} against {_percent(other) if other is not None else f'more than {end:.1%}'}")
+        told.append(f"{_percent(mine)} against " + (f"more than {_percent(end)}" if other is None else _percent(other)))
         gaps.append(None if mine is None and other is None else 1.0 if other is None and mine <= end else
                     -1.0 if mine is None else other - mine if other is not None else None)
     return judged(gaps, "share of the words: " + "; ".join(told))
@@ -105,4 +105,4 @@ def _told(values: Sequence[float | None], form: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:.1%}"
+    return "not reached" if value is None else f"{100 * value:.1f} %"

@@ -104,11 +104,15 @@ class ActiveLearner:
         self.tags: dict[int, Sequence[str]] = {}  # what is labelled
 
     def run(self) -> list[RoundRecord]:
-        """The rounds, from the first set on; fewer than the config's where the pool ends."""
+        """The rounds, from the first set on; fewer than the config's where the pool ends.
+
+        Whatever the config asks for, rounds that lie in the folder stay, and one that has begun is finished.
+        """
         records, training = self._restored()
         for record in records:
             self.told(record)
-        while len(records) <= self.cfg.protocol.rounds and not (records and records[-1].words == self.total):
+        last = max(self.cfg.protocol.rounds, training.round)
+        while len(records) <= last and not (records and records[-1].words == self.total):
             number = len(records)
             places, seconds = self._selected(number, records, training)
             chosen = np.concatenate([np.array(one.chosen, int) for one in records] + [places])

@@ -55,12 +55,13 @@ def _claims(report: Report, records: Records, reference: float | None, results: 
     report.section("What can be said", "Supported: in every seed, of at least three. Not supported: the opposite in "
                    "every seed. Everything else is not decidable by this run.")
     cards = [("F1 on all labels", reference, "the same model, mean over seeds")] if reference else []
-    cards += [(f"F1, {name}", results[f"{name}.f1"], f"at {results[f'{name}.share']:.0%} of the words")
+    cards += [(f"F1, {name}", results[f"{name}.f1"], f"at {100 * results[f'{name}.share']:.0f} % of the words")
               for name in records if is_number(results.get(f"{name}.f1")) and is_number(results.get(f"{name}.share"))]
     report.number_cards(cards)
     rows = statements(records, reference)
-    report.table(rows, {"claim": "claim", "verdict": "verdict"}, "Each claim.", "claims")
-    report.text("\n".join(f"- **{row['verdict']}**: {row['claim']} *Why:* {row['why']}." for row in rows))
+    report.table(rows, {"name": "claim", "verdict": "verdict"}, "Each claim, by a short name.", "claims")
+    report.text("\n".join(f"- `{row['name']}`, **{row['verdict']}**: {row['claim']} *Why:* {row['why']}."
+                          for row in rows))
 
 
 def _curves(report: Report, records: Records, reference: float | None, cfg: StudyConfig) -> None:
@@ -81,36 +82,45 @@ def _curves(report: Report, records: Records, reference: float | None, cfg: Stud
     report.table(told, caption="Mean ± standard deviation over seeds. Words: share of the pool's, on the line between "
                  "two rounds; area: mean F1 over the shares that all have; above random: of the same seed, at the last "
                  "common share.", name="summaries")
-    shares = [key for key in by_strategy[0] if key.startswith("f1_at_") and key.removeprefix("f1_at_").isdigit()]
-    if shares:
-        report.table([{"strategy": row["strategy"], **{f"{key.removeprefix('f1_at_')} %": _spread(row, key)
-                                                       for key in shares}} for row in by_strategy],
-                     caption="F1 at a share of the words.", name="f1-at-shares")
-    report.table(each, caption="Every seed.", name="seeds")
+    others = [row for row in by_strategy if row["strategy"] != "random" and row.get("gain") is not None]
+    for name, rows, told in (("f1", by_strategy, "F1 at a share of the words"), ("gain", others, "F1 above random "
+                             "choice of the same seed at a share of the words")):
+        shares = [share for share in curves.SHARES if any(curves.at_share(name, share) in row for row in rows)]
+        if shares:
+            report.table([{"strategy": row["strategy"], **{
+                f"{100 * share:.0f} %": _spread(row, curves.at_share(name, share)) for share in shares}}
+                for row in rows], caption=f"{told}, mean ± standard deviation over seeds, where every seed has come so "
+                "far.", name=f"{name}-at-shares")
+    names = {"share": "share at the end", "f1": "F1 at the end", "gain": "above random at the end", **heads,
+             "gain_area": "area above random", **{
+                 curves.at_share(key, share): f"{head} {100 * share:.0f} %" for share in curves.SHARES
+                 for key, head in (("f1", "F1 at"), ("gain", "above random at"))}}
+    report.table(each, {key: names.get(key, key) for key in dict.fromkeys(key for row in each for key in row)},
+                 "Every seed.", "seeds")
 
 
 def curve_figure(records: Records, reference: float | None) -> Figure:
-    figure, axes = style.new_figure(7, 3.8)
+    figure, axes = style.new_figure(ner_report.PHONE, 3.6)
     for i, (name, seeds) in enumerate(records.items()):
         rounds = min(len(one) for one in seeds.values())
         share = np.array([[one.share for one in rounds_[:rounds]] for rounds_ in seeds.values()]).mean(0)
         f1 = np.array([[one.f1 for one in rounds_[:rounds]] for rounds_ in seeds.values()])
         colour, dash = style.PALETTE[i % len(style.PALETTE)], DASHES[i // len(style.PALETTE) % len(DASHES)]
-        axes.plot(100 * share, f1.mean(0), dash, marker="o", color=colour, label=name)
+        axes.plot(100 * share, f1.mean(0), dash, marker="o", markersize=3, color=colour, label=name)
         axes.fill_between(100 * share, f1.min(0), f1.max(0), color=colour, alpha=0.15, linewidth=0)
     for target in curves.TARGETS if reference else ():
         axes.axhline(target * reference, color=style.INK, linewidth=0.8, alpha=0.5)
-        axes.text(axes.get_xlim()[0], target * reference, f" {target:.0%}", fontsize=8,
+        axes.text(0.01, target * reference, f"{100 * target:.0f} %", fontsize=8, transform=axes.get_yaxis_transform(),
                   va="bottom" if target == max(curves.TARGETS) else "top")
     axes.set(xlabel="labelled words, % of the pool's", ylabel="F1")
-    axes.legend(loc="lower right", ncols=2)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
 def _picks(report: Report, records: Records) -> None:
     report.section("What each strategy picks", "Of each round after the first set, which is the same for all.")
     rows = curves.picks(records)
-    figure, axes = style.new_figure(7, 5.2, rows=2, columns=2)
+    figure, axes = style.new_figure(ner_report.PHONE, 8.4, rows=4)
     panels = (("length", "words in a sentence"), ("density", "entities in 100 words"),
               ("empty", "share of sentences without entities"), ("entities", "entities labelled so far"))
     for panel, (key, title) in zip(axes.flat, panels, strict=True):
@@ -121,9 +131,11 @@ def _picks(report: Report, records: Records) -> None:
                        linestyle=DASHES[i // len(style.PALETTE) % len(DASHES)], label=name)
         panel.set(title=title, xlabel="round")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.flat[0].legend()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     report.figure(figure, "Means over seeds.", rows, "picks", "Length, entity density and empty sentences by round")
-    report.table(rows, caption="Means over seeds; seconds of choosing and of training.", name="rounds")
+    heads = {"strategy": "strategy", "round": "round", "share": "share of the words", **dict(panels),
+             "selection_seconds": "seconds of choosing", "training_seconds": "seconds of training"}
+    report.table(rows, heads, "Means over seeds. A strategy's first choice compiles its programs.", "rounds")
     shared = curves.overlap(records)
     if shared:
         last = max(row["round"] for row in shared)
@@ -133,7 +145,7 @@ def _picks(report: Report, records: Records) -> None:
             if row["round"] == last:
                 i, j = names.index(row["first"]), names.index(row["second"])
                 table[i, j] = table[j, i] = row["jaccard"]
-        figure, axes = style.new_figure(1.8 + 0.7 * len(names), 1.2 + 0.45 * len(names))
+        figure, axes = style.new_figure(1.7 + 0.5 * len(names), 1.2 + 0.4 * len(names))
         style.heat_map(axes, table, names, names, "Jaccard", vmin=0, vmax=1)
         report.figure(figure, f"How far two strategies have chosen the same sentences by round {last}: common ones "
                       "over all, without the first set. The download has every round.", shared, "overlap",
@@ -164,7 +176,8 @@ def _taggers(report: Report, folder: Path, cfg: StudyConfig, records: Records) -
     report.table([{"strategy": name, **{told: counts[name][kind] for kind, told in ner_report.ERRORS.items()}}
                   for name in found], caption="Errors of every strategy after its last round, first seed.",
                  name="errors-by-strategy")
-    ner_report.reliability_section(report, found, "Confidences as the models give them: nothing was fitted, for that "
+    sure = {name: ner_report.events(predictions) for name, predictions in found.items()}
+    ner_report.reliability_section(report, sure, "Confidences as the models give them: nothing was fitted, for that "
                                    "needs labels.")
     ner_report.examples_section(report, found[best], f"{best}, first seed")
 
@@ -178,7 +191,7 @@ def _reached(row: Mapping[str, Any], key: str) -> str:
     value, sd = row.get(key), row.get(f"{key}_sd")
     if value is None:
         return f"reached by {row[f'{key}_seeds']} of {row['seeds']} seeds" if row[f"{key}_seeds"] else "not reached"
-    return f"{value:.1%}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+    return f"{100 * value:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}") + " %"
 
 
 def _plus_minus(values: list[float]) -> str:

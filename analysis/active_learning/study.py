@@ -62,14 +62,16 @@ def learners(cfg: StudyConfig) -> Iterator[tuple[str, int, StudyConfig]]:
 
 def _learn(cfg: StudyConfig, folder: RunFolder, name: str, seed: int, pool: list, oracle: Oracle, start: Tagger,
            source: TaggedTexts, advance: Any) -> None:
-    test = source.parts["test"]
-    if folder.results().get("finished"):
-        advance(cfg.protocol.rounds + 1)
+    test, rounds = source.parts["test"], cfg.protocol.rounds + 1
+    done = folder.metrics()
+    if folder.results().get("finished") and (len(done) >= rounds or done[-1]["words"] == source.words):
+        advance(rounds)
         return
+    folder.write_results({"finished": False})  # more rounds: what it says of its end is of an earlier one until then
     learner = ActiveLearner(pool, oracle, start, cfg.strategies[0], cfg, test=test, seed=seed, folder=folder,
                             told=lambda record: advance(1, f"{name} {record.share:.0%} F1 {record.f1:.3f}"))
     records = learner.run()
-    advance(cfg.protocol.rounds + 1 - len(records))  # of a pool that has ended before
+    advance(max(rounds - len(records), 0))  # of a pool that has ended before
     tagger = learner.tagger()
     tagger.save(folder.dir / "model", overwrite=True)
     found = learner.tag_test(tagger)
@@ -79,7 +81,8 @@ def _learn(cfg: StudyConfig, folder: RunFolder, name: str, seed: int, pool: list
     folder.write_results(
         entity_metrics.entity_scores(truth, [one.tags for one in found]) | {"f1_low": low, "f1_high": high}
         | tag_confidence.numbers(truth, found, tagger.calibration) | {"finished": True})
-    (folder.dir / "state.npz").unlink(missing_ok=True)  # three times the model, and nothing goes on from it
+    if records[-1].words == source.words:  # else more rounds may be asked for, and go on from it
+        (folder.dir / "state.npz").unlink(missing_ok=True)
 
 
 def read_records(cfg: StudyConfig, folder: Path) -> tuple[Records, dict[int, RoundRecord]]:

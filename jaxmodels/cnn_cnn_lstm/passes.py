@@ -1,11 +1,13 @@
-"""Many decodings with dropout on (Gal & Ghahramani 2016): what BALD asks a tagger for.
+"""Many decodings with dropout on (Gal & Ghahramani 2016): what BALD asks a tagger for, and votes for its entities.
 
     for one in dropout_passes(tagger, sentences, passes=20): one.tags, one.information
+    shares = entity_votes(tagger, sentences, [entities(one.tags) for one in tagger.tag(sentences)])
 
 Passes run as one vmap over keys, some at a time, and only tag ids leave the device.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmodels.cnn_cnn_lstm import schemes
 from jaxmodels.cnn_cnn_lstm.network import is_word
 from jaxmodels.cnn_cnn_lstm.tagger import Tagger
 from jaxmodels.errors import UserError
@@ -64,6 +67,21 @@ def dropout_passes(tagger: Tagger, sentences: Sequence[Sequence[str]], passes: i
             if information:
                 found[i].information[start:stop] = gained[row, inside]
     return found
+
+
+def entity_votes(tagger: Tagger, sentences: Sequence[Sequence[str]], said: Sequence[Sequence[schemes.Entity]],
+                 passes: int = 10, *, seed: int = 0, check: Callable[[], None] = lambda: None) -> list[list[float]]:
+    """Of every entity that is said, the share of passes with dropout that find it too: its type and both its ends.
+
+    said: entities by sentence, as decoding without dropout finds them. Sentences without any cost nothing.
+    """
+    names, shares = tagger.vocabulary.tags, [[0.0] * len(one) for one in said]
+    asked = [i for i, one in enumerate(said) if one]
+    found = dropout_passes(tagger, [sentences[i] for i in asked], passes, seed=seed, information=False, check=check)
+    for i, one in zip(asked, found, strict=True):
+        votes = Counter(entity for ids in one.tags.tolist() for entity in schemes.entities([names[k] for k in ids]))
+        shares[i] = [votes[entity] / passes for entity in said[i]]
+    return shares
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))

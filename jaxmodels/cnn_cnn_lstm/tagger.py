@@ -95,15 +95,26 @@ class Tagger:
 
     # Use
 
-    def annotate(self, text: str, beam: int = 1) -> list[Annotated]:
-        """Sentences of a text with their entities."""
-        return self.annotate_all([text], beam)[0]
+    def annotate(self, text: str, beam: int = 1, votes: int = 0) -> list[Annotated]:
+        """Sentences of a text with their entities.
 
-    def annotate_all(self, texts: Sequence[str], beam: int = 1) -> list[list[Annotated]]:
+        votes: an entity's confidence is the share of so many passes with dropout that find it too; 0: it is made of
+        the probabilities of its tags, and calibrated.
+        """
+        return self.annotate_all([text], beam, votes)[0]
+
+    def annotate_all(self, texts: Sequence[str], beam: int = 1, votes: int = 0) -> list[list[Annotated]]:
         """The same for many texts, whose sentences share batches."""
+        from jaxmodels.cnn_cnn_lstm.passes import entity_votes
+
         cut = [tokens.sentences_of(text, self.pattern) for text in texts]
-        found = iter(self.tag([[word.text for word in sentence] for text in cut for sentence in text], beam))
-        return [[self._annotated(text, sentence, next(found)) for sentence in sentences]
+        words = [[word.text for word in sentence] for text in cut for sentence in text]
+        tagged = self.tag(words, beam)
+        said = [schemes.entities(one.tags) for one in tagged]
+        sure = entity_votes(self, words, said, votes) if votes else [
+            [self.entity_confidence(one, entity) for entity in found] for one, found in zip(tagged, said, strict=True)]
+        found = zip(tagged, said, sure, strict=True)
+        return [[self._annotated(text, sentence, *next(found)) for sentence in sentences]
                 for text, sentences in zip(texts, cut, strict=True)]
 
     def tag(self, sentences: Sequence[Sequence[str]], beam: int = 1, check: Callable[[], None] = lambda: None
@@ -175,11 +186,12 @@ class Tagger:
         return np.concatenate([_characters(*self._split, padded[at:at + FORMS])
                                for at in range(0, len(padded), FORMS)])[:len(chars)]
 
-    def _annotated(self, text: str, words: list[tokens.Word], tagged: Tagged) -> Annotated:
+    def _annotated(self, text: str, words: list[tokens.Word], tagged: Tagged, said: Sequence[schemes.Entity],
+                   sure: Sequence[float]) -> Annotated:
         found = []
-        for entity in schemes.entities(tagged.tags):
+        for entity, share in zip(said, sure, strict=True):
             start, stop = words[entity.start].start, words[entity.stop - 1].stop
-            found.append(Found(start, stop, entity.type, text[start:stop], self.entity_confidence(tagged, entity)))
+            found.append(Found(start, stop, entity.type, text[start:stop], share))
         sure = float(confidence(tagged.total, self.calibration.sentence))
         return Annotated(words[0].start, words[-1].stop, words, found, sure)
 

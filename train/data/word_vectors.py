@@ -1,7 +1,10 @@
-"""Word vectors in the text formats of word2vec and GloVe: a word and its numbers a line, spaces between."""
+"""Word vectors from files: the text formats of word2vec and GloVe (a word and its numbers a line, spaces between), and
+the table of pieces of words that the package wordllama ships."""
 
 import gzip
+import importlib.util
 import io
+import re
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,6 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.hub.safetensors_file import SafetensorsFile
+
+# In the wheel of wordllama 0.4 (MIT): float16[32000, 256], and the tokenizer whose pieces are its rows.
+TABLE, TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"
+PIECES = "tokenizers/l2_supercat_tokenizer_config.json"
+SPACE = "\u2581"  # begins a word's first piece
+EMPTY = re.compile(rf"{SPACE}|<unk>|</?s>|<0x[0-9A-F]{{2}}>")  # pieces that say nothing of a word; the last are bytes
 
 
 def read_vectors(path: str | Path, known: Collection[str], limit: int = 0) -> dict[str, np.ndarray]:
@@ -41,6 +51,39 @@ def read_vectors(path: str | Path, known: Collection[str], limit: int = 0) -> di
     return found
 
 
+def wordllama_vectors(known: Collection[str], width: int, limit: int = 0) -> dict[str, np.ndarray]:
+    """Vectors float32[width] of the words in `known`, and of the first `limit` others that are one piece of the table.
+
+    A word's is the mean of those of its pieces, projected on the principal components of the words in `known`. Words
+    that are spelled in bytes alone have none. Two files of the package are read, none of its code is.
+    """
+    from tokenizers import Tokenizer
+
+    folder = _wordllama(width)
+    table = np.asarray(SafetensorsFile(folder / TABLE).read(TENSOR), np.float32)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / PIECES))
+    except Exception as error:  # the package knows no other
+        raise UserError(f"{folder / PIECES} is damaged ({error}); install wordllama again") from None
+    pieces = {i: piece for piece, i in tokenizer.get_vocab().items()}
+    if sorted(pieces) != list(range(len(table))) or not np.isfinite(table).all():
+        raise UserError(f"{folder / TABLE} has {len(table)} rows, the tokenizer {len(pieces)} pieces, or values that "
+                        "are not finite; install wordllama again")
+    others = (word for i in range(len(table)) if (word := pieces[i].removeprefix(SPACE)) != pieces[i]
+              and word.isalpha() and word == word.lower() and word not in known)
+    words = [*sorted(known), *(word for word, _ in zip(others, range(limit), strict=False))]
+    full = np.array([EMPTY.fullmatch(pieces[i]) is None for i in range(len(table))])
+    found: dict[str, np.ndarray] = {}
+    for word, one in zip(words, tokenizer.encode_batch_fast(words, add_special_tokens=False), strict=True):
+        ids = np.array(one.ids, int)
+        if full[ids].any():
+            found[word] = table[ids[full[ids]]].mean(0)
+    values, of = np.stack(list(found.values())), [i for i, word in enumerate(found) if word in known]
+    mean = values[of].mean(0)
+    _, axes = np.linalg.eigh(np.cov(values[of], rowvar=False, bias=True))  # the largest are the last
+    return dict(zip(found, (values - mean) @ axes[:, ::-1][:, :width].astype(np.float32), strict=True))
+
+
 def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> Path:
     """word2vec's text format, whole or not at all."""
     from train.runtime.files import write_atomic
@@ -48,6 +91,24 @@ def write_vectors(path: Path, words: Sequence[str], vectors: np.ndarray) -> Path
     lines = [f"{len(words)} {vectors.shape[1]}", *(f"{word} {' '.join(f'{x:.6g}' for x in row)}"
                                                    for word, row in zip(words, vectors, strict=True))]
     return write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def _wordllama(width: int) -> Path:
+    """The folder of the package. Raises UserError where it is not installed, and for a width that it cannot give."""
+    spec = importlib.util.find_spec("wordllama")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("vectors.name=wordllama: the package is not installed; pip install 'jaxmodels[wordllama]', or "
+                        "take vectors.name=skipgram")
+    folder = Path(spec.submodule_search_locations[0])
+    if missing := next((name for name in (TABLE, PIECES) if not (folder / name).is_file()), None):
+        raise UserError(f"{folder} has no {missing}; install wordllama 0.4, which ships it")
+    info = SafetensorsFile(folder / TABLE).tensors.get(TENSOR)
+    if info is None or len(info.shape) != 2 or info.dtype.kind != "f":
+        raise UserError(f"{folder / TABLE} has no table {TENSOR}; install wordllama again")
+    if width > info.shape[1]:
+        raise UserError(f"model.d_word={width}, the vectors of wordllama have {info.shape[1]}; set model.d_word to at "
+                        f"most {info.shape[1]}")
+    return folder
 
 
 def _numbers(cells: list[str], width: int, where: str) -> np.ndarray:
