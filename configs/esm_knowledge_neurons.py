@@ -6,15 +6,16 @@ with an epoch of retraining), says where the best are and whether they attend to
 the paper (arXiv 2312.10770) only the claims of the abstract are known here. The report answers each claim with
 supported, not supported or not decidable, and why.
 
-    jaxmodels run esm_knowledge_neurons                       # about three hours; nobody has run it to the end yet
-    jaxmodels run esm_knowledge_neurons preset=quick          # a first look, in minutes
+    jaxmodels run esm_knowledge_neurons                       # about four hours on two cores
+    jaxmodels run esm_knowledge_neurons preset=quick          # all stages in minutes; decides no claim
     jaxmodels run esm_knowledge_neurons preset=tiny           # checks an installation; its numbers mean nothing
     jaxmodels run esm_knowledge_neurons tuned=runs/esm_enzyme-0123abcd,runs/esm_enzyme-4567cdef
 
 Two cores decide the sizes: a mask costs a pass over the test proteins, and there are about 1,300 of them. So the
 curves are of 24 of each class, and contributions of 8 proteins of each class, those of single sites of 2. Proteins are
 read up to 510 residues, as in the fine-tuning: with 190, which takes half the time, the whole model was no better than
-one without neurons, and no curve meant anything. On a GPU take score.length=1024 score.max_steps=80
+one without neurons, and no curve meant anything; so it is with `quick`, which has one fine-tuning besides, and a claim
+needs two that agree. On a GPU take score.length=1024 score.max_steps=80
 score.gate_examples=none keep.proteins=none.
 """
 
