@@ -11,7 +11,7 @@ from analysis.report.generic import flat, is_number, read_run
 from analysis.report.html import Report
 from train.runtime.run_folder import CONFIG
 
-FIRST = ("validation_bits_per_byte", "validation_loss", "accuracy", "loss")  # what a reader asks for first
+FIRST = ("validation_bits_per_byte", "test.f1", "validation_loss", "accuracy", "loss")  # what a reader asks for first
 CURVES = ("validation_loss", "loss")
 LEFT_OUT = ("seconds", "finished")
 Trials = dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]]  # variant -> seed -> (results, metrics)
