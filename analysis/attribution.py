@@ -270,8 +270,7 @@ def _conductances(run: _Run, rounds, tolerance, chunk) -> Attribution:
     # No doubling: what a point misses of the whole change is mostly not the rule's fault.
     values, totals, start = compute(rounds[0])
     errors = {p: jnp.abs(total - (run.end - start)) for p, total in totals.items()}
-    if not all(bool(jnp.isfinite(error).all()) for error in errors.values()):
-        raise UserError("the target or its gradients are not finite on the way from the baseline; take another one")
+    _check_path(*errors.values())
     return Attribution(values, errors, jnp.full(start.shape, len(rounds[0][0])), run.end, start)
 
 
@@ -298,8 +297,7 @@ def _doubled(compute, rounds, tolerance, end):
     """(values, error, steps, end, start), of every example the most complete round, up to one complete enough."""
     values, total, start = compute(rounds[0])
     error, steps = jnp.abs(total - (end - start)), jnp.full(end.shape, len(rounds[0][0]))
-    if not bool(jnp.isfinite(error).all()):
-        raise UserError("the target or its gradients are not finite on the way from the baseline; take another one")
+    _check_path(error)
     for more in rounds[1:]:
         # Of a change that is nothing beside the target itself, a share says nothing.
         poor = error > tolerance * jnp.maximum(jnp.abs(end - start), 1e-3 * jnp.abs(end))
@@ -315,6 +313,11 @@ def _doubled(compute, rounds, tolerance, end):
             values = jax.tree.map(keep, again, values)
         error, steps = jnp.where(better, new, error), jnp.where(better, len(more[0]), steps)
     return values, error, steps, end, start
+
+
+def _check_path(*errors):
+    if not all(bool(jnp.isfinite(error).all()) for error in errors):
+        raise UserError("the target or its gradients are not finite on the way from the baseline; take another one")
 
 
 def _along(some, value, values):

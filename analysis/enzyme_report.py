@@ -10,7 +10,7 @@ from train.enzyme_floors import NAMES
 
 METHODS = {"model": "encoder", "majority": "commonest class", "logistic": "composition, logistic regression",
            "neighbour": "most similar known sequence"}
-LEVELS = ("level_4", "level_3", "level_2", "level_1")
+LEVELS, TERMS = ("level_4", "level_3", "level_2", "level_1"), ("fmax", "aupr")  # metrics of `train.enzyme_transfer`
 EC = ("oxidoreductases", "transferases", "hydrolases", "lyases", "isomerases", "ligases", "translocases")
 
 
@@ -110,7 +110,7 @@ def transfer_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for key, value in results.items():
         match key.split("."):
-            case [setting, name, ("neighbour" | "embedding") as kind, metric]:
+            case [setting, name, ("neighbour" | "embedding") as kind, metric] if metric in (*LEVELS, *TERMS):
                 row = rows.setdefault((setting, name, kind), {"setting": setting, "set": name, "nearest by":
                                                               "words" if kind == "neighbour" else "encoder"})
                 row[metric] = value
@@ -123,7 +123,7 @@ def _whole_numbers(report: Report, rows: list[dict[str, Any]]) -> None:
     report.section("Whole EC numbers", "Those of the known protein that is most alike, by four-letter words in common "
                    "or by the encoder's mean hidden state. No intervals.")
     for metrics, caption, name in ((LEVELS, "CARE: the share of proteins whose number agrees that far.", "care"),
-                                   (("fmax", "aupr"), "DeepFRI's chains, all of them and by their identity to its "
+                                   (TERMS, "DeepFRI's chains, all of them and by their identity to its "
                                     "training part: protein-centric Fmax, macro AUPR.", "terms")):
         if mine := [row for row in rows if metrics[0] in row]:
             report.table(mine, ("setting", "set", "nearest by", *metrics), caption, name)

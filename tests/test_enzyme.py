@@ -105,6 +105,14 @@ def test_the_bootstrap_is_that_of_resampling():
     assert np.isnan(found["recall"][:, 3]).all() and np.isfinite(found["recall"][:, :3]).all()
 
 
+def test_a_floor_is_no_transfer_of_whole_numbers():
+    from analysis.enzyme_report import transfer_rows
+
+    assert transfer_rows({"strict.test.neighbour.macro_f1": 0.2}) == []
+    assert transfer_rows({"strict.care_30.neighbour.macro_f1": 0.2, "strict.care_30.neighbour.level_4": 0.1}) == [
+        {"setting": "strict", "set": "care_30", "nearest by": "words", "level_4": 0.1}]
+
+
 def test_accuracy_by_levels_of_ec_numbers():
     truth = [("1.2.3.4",), ("2.7.1.1", "2.7.1.2"), ("3.1.-.-",), ("4.1.1.1",)]
     guess = ["1.2.3.5", "2.7.1.2", "3.1.1.1", "5.1.1.1"]
