@@ -91,8 +91,8 @@ def _claims(report: Report, tables: dict[str, Any]) -> None:
                          ("of the commonest class", full["commonest_macro_f1"]),
                          *((f"of none of the neurons, {name} ablation", full[f"none_{name}_macro_f1"])
                            for name in ("zero", "mean") if f"none_{name}_macro_f1" in full)])
-    # The reasons are prose: in a third column they would be cut off on a phone.
-    report.table(tables["claims"], {"claim": "claim", "verdict": "verdict"}, "Each claim.", "claims")
+    # The reasons are prose: in a third column they would be cut off on a phone, as verdicts are in the second.
+    report.table(tables["claims"], {"verdict": "verdict", "claim": "claim"}, "Each claim.", "claims")
     report.text("\n".join(f"- **{row['verdict']}**: {row['claim']} *Why:* {row['why']}." for row in tables["claims"]))
     if tables.get("both"):
         report.table(tables["both"], {"method": "method", "control": "beside", "enough": "enough (keeps more)",
