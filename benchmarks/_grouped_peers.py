@@ -1,9 +1,12 @@
 """What the benchmark of the grouped products sets beside ours: jax's own kernels, tokamax, and PyTorch's.
 
 PyTorch runs in a process of its own (``python -m benchmarks._grouped_peers``: cases as JSON in, times out), before jax
-takes the memory of the GPU.
+takes the memory of the GPU. Alone, and only some of it:
+
+    python -m benchmarks._grouped_peers --points Mixtral-8x7B --distributions zipf --seconds 0.2 [--out FILE]
 """
 
+import argparse
 import functools
 import importlib
 import importlib.util
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._alone import Room
 from benchmarks._shapes import ACCELERATOR, Point, draw_sizes
 from benchmarks._timing import take_turns
 from jaxmodels.errors import UserError
@@ -26,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 2e-3}  # relative Frobenius norm, a group (moe_split.md 7)
 CALLS = 20  # of a turn on an accelerator
 SECONDS = {"cpu": 0.8, "gpu": 1.5, "tpu": 1.5}  # for all turns of one side on one product
+PATIENCE = 40  # seconds to wait for other benchmarks on the device
 FEWEST, MOST = 3, 25  # turns of a side
 
 
@@ -139,9 +144,7 @@ def torch_times(points: Sequence[str], products: Sequence[str]) -> tuple[dict[tu
         chosen = choose(ACCELERATOR, points)
     except UserError:  # names of points of a CPU
         return {}, "no such point"
-    cases = [{"key": [point.name, distribution, product], "shape": point.shape, "dtype": point.dtype,
-              "sizes": draw_sizes(distribution, point.layer).tolist()}
-             for point in chosen for distribution in point.distributions for product in products]  # fmt: skip
+    cases = _torch_cases_of(chosen, products)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-m", "benchmarks._grouped_peers"], input=json.dumps(cases),
                           capture_output=True, text=True, env=environment, check=False, timeout=3600)  # fmt: skip
@@ -151,7 +154,14 @@ def torch_times(points: Sequence[str], products: Sequence[str]) -> tuple[dict[tu
     return ({}, found) if isinstance(found, str) else ({tuple(one.pop("key")): one for one in found}, None)
 
 
-def torch_cases(cases: list[dict], device: str = "cuda") -> str | Iterator[dict]:
+def _torch_cases_of(points: Sequence[Point], products: Sequence[str], distributions: Sequence[str] = ()) -> list[dict]:
+    return [{"key": [point.name, distribution, product], "shape": point.shape, "dtype": point.dtype,
+             "sizes": draw_sizes(distribution, point.layer).tolist()}
+            for point in points for distribution in distributions or point.distributions
+            for product in products]  # fmt: skip
+
+
+def torch_cases(cases: list[dict], device: str = "cuda", seconds: float = SECONDS["gpu"]) -> str | Iterator[dict]:
     """What each case took, as `torch_times` hands it on; why nothing runs, where nothing does."""
     import torch
 
@@ -160,10 +170,10 @@ def torch_cases(cases: list[dict], device: str = "cuda") -> str | Iterator[dict]
     product_of = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if product_of is None:
         return f"torch {torch.__version__} has no grouped_mm"
-    return (_torch_case(torch, product_of, case, device) for case in cases)
+    return (_torch_case(torch, product_of, case, device, seconds) for case in cases)
 
 
-def _torch_case(torch: Any, product_of: Any, case: dict, device: str) -> dict[str, Any]:
+def _torch_case(torch: Any, product_of: Any, case: dict, device: str, seconds: float) -> dict[str, Any]:
     (m, k, n, groups), product = case["shape"], case["key"][2]
     options = {"device": device, "dtype": getattr(torch, case["dtype"])}
     try:
@@ -204,7 +214,7 @@ def _torch_case(torch: Any, product_of: Any, case: dict, device: str) -> dict[st
         calls = CALLS if device == "cuda" else 1
         once = take_turns({name: turn(function, 1) for name, function in functions.items()}, 1, warmup=2)
         slowest = max(one.median for one in once.values()) * calls
-        repeats = min(max(int(SECONDS["gpu"] / slowest), FEWEST), MOST)
+        repeats = min(max(int(seconds / slowest), FEWEST), MOST)
         samples = take_turns({name: turn(function, calls) for name, function in functions.items()}, repeats)
         summary = {key: value if key in ("repeats", "elsewhere") else value / calls
                    for key, value in samples["grouped"].summary().items()}  # fmt: skip
@@ -218,6 +228,41 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def alone(points: Sequence[str], distributions: Sequence[str], products: Sequence[str], seconds: float,
+          out: str | None = None, device: str = "cuda") -> None:  # fmt: skip
+    """PyTorch's cases, each printed, and written to `out`, when it is there."""
+    room = Room()
+    cases = _torch_cases_of(choose(ACCELERATOR, points), products, distributions)
+    answer = torch_cases(cases, device, seconds)
+    if isinstance(answer, str):
+        raise UserError(answer)
+    found = []
+    with room.alone(PATIENCE) as nobody_else:
+        for one, case in zip(answer, cases, strict=True):
+            m, k, n, _ = case["shape"]
+            if "samples" in one:
+                ms = 1e3 * one["samples"]["median_s"], 1e3 * one["dense_median_s"]
+                one |= {"ms": ms[0], "dense ms": ms[1], "TFLOP/s": 2e-9 * m * k * n / ms[0], "alone": nobody_else}
+            found.append(one)
+            print(*one["key"], *(f"{name} {one[name]:.3g}" for name in ("ms", "dense ms", "TFLOP/s") if name in one),
+                  one["note"], sep="; ", flush=True)  # fmt: skip
+            if out is not None:
+                Path(out).write_text(json.dumps({"rows": found}) + "\n", "utf-8")
+
+
 if __name__ == "__main__":
-    answer = torch_cases(json.load(sys.stdin))
-    print(json.dumps(answer if isinstance(answer, str) else list(answer)))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--points", nargs="+", help="without these: cases as JSON on stdin")
+    parser.add_argument("--distributions", nargs="+", default=("random",))
+    parser.add_argument("--products", nargs="+", default=("fwd", "dX", "dW"))
+    parser.add_argument("--seconds", type=float, default=SECONDS["gpu"], help="for all turns of one side")
+    parser.add_argument("--out", help="a JSON file, written after every case")
+    arguments = parser.parse_args()
+    if arguments.points is None:
+        answer = torch_cases(json.load(sys.stdin))
+        print(json.dumps(answer if isinstance(answer, str) else list(answer)))
+    else:
+        try:
+            alone(**vars(arguments))
+        except UserError as error:
+            sys.exit(str(error))

@@ -11,7 +11,6 @@ ptxas's, shared bytes what the configuration reckons with. A compile says nothin
 
 import argparse
 import contextlib
-import functools
 import os
 import re
 import sys
@@ -30,10 +29,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks._hopper import PRODUCTS, default_config, kernel, operand_shapes
 from benchmarks._report import check_out, machine, publish
 from benchmarks._shapes import LAYERS, Point, decode
 from jaxmodels.errors import UserError
-from jaxmodels.kernels.grouped_matmul import hopper
 
 POINTS = [
     *(Point(layer) for layer in LAYERS.values()),
@@ -41,7 +40,6 @@ POINTS = [
     *(Point(decode("Qwen3-235B-A22B", tokens)) for tokens in (1, 16, 128)),
 ]
 SHAPES = {point.name: point.shape for point in POINTS}  # M, K, N, G
-PRODUCTS = ("forward", "dx", "dw", "glu", "glu_kept")
 COLUMNS = ("shape", "product", "tile", "stages", "lowered", "compiled", "shared bytes", "registers", "spill bytes",
            "side bytes", "seconds")  # fmt: skip
 
@@ -91,24 +89,14 @@ def _h100() -> tuple[Any, str | None]:
 
 
 def _row(name: str, product: str, dtype: str, activation: str, device: Any) -> dict[str, Any]:
-    rows, k, n, groups = SHAPES[name]
-    width = k if product == "dx" else n
-    weights = 2 if product.startswith("glu") else 1
-    config = hopper.default_config(width, blocks=hopper.MULTIPROCESSORS, weights=weights)
+    shape, weights = SHAPES[name], 2 if product.startswith("glu") else 1
+    config = default_config(product, shape)
     row = {"shape": name, "product": product, "tile": f"128x{config.columns}x64", "stages": config.stages,
-           "M, K, N, G": SHAPES[name], "shared bytes": config.shared_bytes(weights)}  # fmt: skip
+           "M, K, N, G": shape, "shared bytes": config.shared_bytes(weights)}  # fmt: skip
     sharding = device and NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
-    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
-    x, w, dy, sizes = array(rows, k), array(groups, k, n), array(rows, n), array(groups, dtype=jnp.int32)
-    matmul = functools.partial(hopper.matmul, out_dtype=dtype, config=config)
-    glu = functools.partial(hopper.glu, activation=activation, config=config)
-    function, operands = {
-        "forward": (functools.partial(matmul, transpose_w=False), (x, w, sizes)),
-        "dx": (functools.partial(matmul, transpose_w=True), (dy, w, sizes)),
-        "dw": (functools.partial(hopper.outer, out_dtype=dtype, config=config), (x, dy, sizes)),
-        "glu": (functools.partial(glu, keep=False), (x, w, w, sizes)),
-        "glu_kept": (functools.partial(glu, keep=True), (x, w, w, sizes)),
-    }[product]
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
+    operands = [array(one, dtype) for one in operand_shapes(product, shape)] + [array(shape[3:], jnp.int32)]
+    function = kernel(product, dw_dtype=dtype, activation=activation, config=config)
     started = time.perf_counter()
     try:
         traced = jax.jit(function).trace(*operands)

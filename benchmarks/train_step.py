@@ -2,6 +2,7 @@
 
     jaxmodels bench train_step [--out FILE]                                    # two CPU cores: about three minutes
     JAX_OPTIMIZATION_LEVEL=O1 jaxmodels bench train_step --out h100.json       # one H100 (PyTorch with CUDA: peers too)
+    python -m benchmarks.train_step --sizes "dense 124M" --batch 8 --repeats 5 --steps 5 --no-peers   # some, quicker
 
 What runs is what ``jaxmodels run lm_dense_pretrain`` (``lm_moe_pretrain``) compiles: its blueprint, objective, AdamW,
 clipping and the guard against non-finite steps. Parameters and moments are float32 everywhere. Peers start from the
@@ -12,6 +13,7 @@ FLOPs count no recomputation; MFU is of the dense bf16 peak, and ``of matmul`` t
 product in the compute dtype reached in the same run.
 """
 
+import argparse
 import dataclasses
 import functools
 import gc
@@ -19,6 +21,7 @@ import importlib.util
 import math
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -30,8 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._alone import Room
 from benchmarks._report import check_out, machine, publish
 from benchmarks._timing import Samples, cores, take_turns
+from jaxmodels.errors import UserError
 from train.pretrain_config import DataConfig, ModelConfig, PretrainConfig
 from train.runtime import flops
 from train.settings import LoopConfig, MeshConfig, OptimizerConfig
@@ -41,6 +46,7 @@ FORMULA = ("model FLOPs of a token = 6 x active matmul parameters (top-k experts
 COLUMNS = ("model", "side", "tokens/s", "ms", "p10", "p90", "TFLOP/s", "MFU", "of matmul", "ours/it", "dispatch ms",
            "floor ms", "memory MiB", "note")
 AGREE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative difference of the first loss, above which work differed
+PATIENCE = 40  # seconds to wait for other benchmarks on the device
 ROOM = 0.92  # of a device's memory: the allocator needs a little, and fragments
 
 
@@ -73,10 +79,13 @@ class Skipped(Exception):
     """Why a contestant does not run here; becomes the note of its row."""
 
 
-def main(out: str | None) -> None:
-    """Measures, prints a table, and writes ``out``."""
+def main(out: str | None, *, sizes: Sequence[str] = (), batch: int | None = None, repeats: int | None = None,
+         steps: int | None = None, no_peers: bool = False) -> None:
+    """Measures, prints a table, and writes ``out``. sizes: names; default: all. batch: the only one that is tried,
+    without remat."""
     check_out(out)
-    torch_on_gpu = _torch_has_cuda()
+    room = Room()
+    torch_on_gpu = not no_peers and _torch_has_cuda()
     if torch_on_gpu:  # read when jax starts its backend: by default it takes three quarters of the memory at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are an error
@@ -84,10 +93,12 @@ def main(out: str | None) -> None:
     about = machine(("torch", "transformers", "accelerate"))
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
-    peers = _peers(device.platform, torch_on_gpu)
+    chosen = _chosen(CPU if on_cpu else ACCELERATOR, sizes, batch)
+    peers = {} if no_peers else _peers(device.platform, torch_on_gpu)
+    repeats, steps = repeats or (9 if on_cpu else 15), steps or (1 if on_cpu else 10)
     rows = []
-    for size in CPU if on_cpu else ACCELERATOR:
-        rows += measure(size, device, peers, repeats=9 if on_cpu else 15, steps=1 if on_cpu else 10)
+    for size in chosen:
+        rows += measure(size, device, peers, repeats=repeats, steps=steps, room=room)
     elsewhere = max((row["samples"]["elsewhere"] for row in rows if "samples" in row), default=math.nan)
     notes = [FORMULA, "ms: one step, median; p10, p90: over the repeats, in which the sides take turns. ours/it: above "
              "1 is in our favour", "dispatch ms: host time to hand over a step, the device idle; floor ms: a program "
@@ -96,8 +107,17 @@ def main(out: str | None) -> None:
     publish("a training step on one device", rows, COLUMNS, about, notes, out)
 
 
-def measure(size: Size, device: Any, peers: dict[str, Callable[..., Any] | str], *, repeats: int, steps: int
-            ) -> list[dict[str, Any]]:
+def _chosen(known: Sequence[Size], names: Sequence[str], batch: int | None) -> list[Size]:
+    by_name = {size.name: size for size in known}
+    for name in names:
+        if name not in by_name:
+            raise UserError(f"size {name!r} is unknown on this device; choose from {', '.join(by_name)}")
+    chosen = [by_name[name] for name in names or by_name]
+    return [dataclasses.replace(size, fits=((batch, "none"),)) for size in chosen] if batch else chosen
+
+
+def measure(size: Size, device: Any, peers: dict[str, Callable[..., Any] | str], *, repeats: int, steps: int,
+            room: Room | None = None) -> list[dict[str, Any]]:
     """A row for each side on one size; peers: name -> (size, batch, weights, device) -> side, or why there is none."""
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +147,9 @@ def measure(size: Size, device: Any, peers: dict[str, Callable[..., Any] | str],
     matmul = Matmul(size.model.dtype, device)
     ours.dispatch_seconds.clear()
     runs = {name: side.run for name, side in sides.items()} | {"matmul": matmul.run}
-    samples = take_turns(runs, repeats, warmup=1)
+    with (room or Room()).alone(PATIENCE) as alone:
+        samples = take_turns(runs, repeats, warmup=1)
+    ours.note += "" if alone else "; not alone on the device"
     bound = matmul.flop / samples.pop("matmul").median
     rows = [_row(size, name, side, samples[name], ours, samples["jaxmodels"], bound, steps, first[name], device)
             for name, side in sides.items()]
@@ -468,3 +490,17 @@ def _torch_has_cuda() -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", help="a JSON file for the table")
+    parser.add_argument("--sizes", nargs="+", default=(), help="names in the table's first column; default: all")
+    parser.add_argument("--batch", type=int, help="the only batch that is tried, without remat")
+    parser.add_argument("--repeats", type=int, help="turns of every side (default 15, on a CPU 9)")
+    parser.add_argument("--steps", type=int, help="steps of a turn (default 10, on a CPU 1)")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    try:
+        main(**vars(parser.parse_args()))
+    except UserError as error:
+        sys.exit(str(error))
