@@ -68,13 +68,14 @@ def ragged_dot(product: str, *, activation: str = "silu") -> Callable[..., Any]:
 
 def dense(product: str, *, activation: str = "silu") -> Callable[..., Any]:
     """As many FLOPs with one matrix for all rows (of two dimensions here), or, for dw, one product of all rows."""
+    # Written in the operands' type at once: XLA would round a float32 result in a pass of its own.
     if product == "dw":
         return lambda x, dy, sizes: _dot(x, dy, (0, 0))
     if product in ("forward", "dx"):
-        return lambda x, w, sizes: _dot(x, w, (1, 1 if product == "dx" else 0)).astype(x.dtype)
+        return lambda x, w, sizes: _dot(x, w, (1, 1 if product == "dx" else 0), x.dtype)
 
     def glu(x: jax.Array, gate: jax.Array, up: jax.Array, sizes: jax.Array) -> Any:
-        g, u = (_dot(x, w, (1, 0)).astype(x.dtype) for w in (gate, up))
+        g, u = (_dot(x, w, (1, 0), x.dtype) for w in (gate, up))
         h = ACTIVATIONS[activation](g) * u
         return (h, g, u) if product == "glu_kept" else h
 
@@ -114,6 +115,6 @@ def loop(product: str, *, activation: str = "silu") -> Callable[..., Any]:
     return glu
 
 
-def _dot(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
+def _dot(left: jax.Array, right: jax.Array, axes: tuple[int, int], out_dtype: Any = jnp.float32) -> jax.Array:
     contract = ((axes[0],), (axes[1],))
-    return jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=out_dtype)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,13 +150,26 @@ def _begin(step: Step, folder: Path, environment: Mapping[str, str]) -> Running:
     file.unlink(missing_ok=True)
     argv = [sys.executable, *(str(file) if word == "{out}" else word for word in step.argv)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    tools = [os.environ.get("PATH", os.defpath), *toolkit()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
+                                "PATH": os.pathsep.join(tools),
                                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_CLIENT_MEM_FRACTION": str(step.memory),
                                 } | environment | dict(step.environment)  # fmt: skip
     with printed.open("w") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
                                    env=environment, start_new_session=True)  # fmt: skip
     return Running(step, process, printed, file, time.monotonic())
+
+
+def toolkit(roots: Sequence[str] = ("/usr/local", "/opt")) -> list[str]:
+    """Folders of ptxas that $PATH does not name. XLA looks for it, and for nvlink, on $PATH and in /usr/local/cuda; its
+    plug-in brings neither where nvidia-cuda-nvcc is not installed, and then no kernel compiles."""
+    if shutil.which("ptxas") and shutil.which("nvlink"):
+        return []
+    compiler = shutil.which("nvcc")
+    beside = [Path(compiler).resolve().parent] if compiler else []
+    found = [path.parent for root in roots for path in sorted(Path(root).glob("cuda*/bin/ptxas"), reverse=True)]
+    return [str(folder) for folder in (*beside, *found) if (folder / "ptxas").exists()]
 
 
 def _end(one: Running, record: Record) -> None:

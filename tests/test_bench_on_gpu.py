@@ -69,6 +69,19 @@ def test_the_steps_are_well_formed():
         assert all(one.argv.count("{out}") == 1 for one in together)
 
 
+def test_the_compiler_is_found(tmp_path, monkeypatch):
+    """Beside nvcc or where toolkits are installed; not asked for where $PATH has it all."""
+    folder = tmp_path / "cuda-13.0" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert on_gpu.toolkit([str(tmp_path)]) == []
+    (folder / "ptxas").touch(0o755)
+    assert on_gpu.toolkit([str(tmp_path)]) == [str(folder)]
+    (folder / "nvlink").touch(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    assert on_gpu.toolkit([str(tmp_path)]) == []
+
+
 def test_one_measures_when_the_others_are_done(tmp_path, monkeypatch):
     """Shared until `alone`; whoever still works is waited for, but not for ever."""
     monkeypatch.setenv(_alone.VARIABLE, str(tmp_path / "lock"))
@@ -111,11 +124,9 @@ def test_both_references_and_the_peer_agree(product):
     sizes = np.array([0, 100, 1, 64, 0, 60], np.int32)
     wanted = hopper_run.float64(product, arrays, sizes)
     poisoned = [hopper_run._poison(a, int(sizes.sum())) if a.ndim == 2 else a for a in arrays]
-    for function in (_hopper.loop(product), _hopper.ragged_dot(product)):
-        found = hopper_run._tuple(jax.jit(function)(*(poisoned if function is not None else arrays), sizes))
-        assert len(found) == len(wanted)
     looped = hopper_run._tuple(jax.jit(_hopper.loop(product))(*poisoned, sizes))
     peer = hopper_run._tuple(jax.jit(_hopper.ragged_dot(product))(*arrays, sizes))
+    assert len(looped) == len(peer) == len(wanted)
     for one, other, true in zip(looped, peer, wanted, strict=True):
         np.testing.assert_allclose(one, true, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(other, true, rtol=1e-4, atol=1e-4)
@@ -178,6 +189,18 @@ def test_the_checks_and_times(tmp_path, monkeypatch, capsys):
             assert timed.keys() == {"time kernel", "time dense", "time ragged_dot"}
             assert timed["time dense"]["of dense"] == 1 and all(row["ms"] > 0 for row in timed.values())
     assert "check ragged; " in capsys.readouterr().out
+
+
+def test_what_needs_more_memory_than_there_is_does_not_run():
+    def of(name, **values):
+        return type(name, (), values)()
+
+    planned = of("Planned", temp_size_in_bytes=3 * 2**30, output_size_in_bytes=0, argument_size_in_bytes=2**30)
+    program = of("Program", memory_analysis=lambda self: planned)
+    for limit, reason in ((4, "needs 5.0 GiB, 4.0 are there"), (6, None)):
+        device = of("Device", memory_stats=lambda self, limit=limit: {"bytes_limit": limit * 2**30})
+        assert hopper_run.too_large(program, device) == reason
+    assert hopper_run.too_large(program, of("Device", memory_stats=lambda self: None)) is None
 
 
 def spoiled(place):
