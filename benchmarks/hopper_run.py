@@ -67,7 +67,7 @@ def main(
     about = machine(("jax-cuda12-plugin", "jax-cuda13-plugin")) | _driver()
     steps = Steps(out, about, time.monotonic() + seconds)
     if (reason := unfit()) is not None:
-        steps.rows.append({"step": "start", "result": "skipped", "note": reason})
+        steps.rows.append({"step": "start", "result": "failed", "note": reason})
         works = []
     for work in works:
         steps.do(work, "compile", work.compile)

@@ -44,7 +44,14 @@ def test_a_step_costs_only_itself(tmp_path, capsys):
     assert told["fails"]["printed"][-1] == "OSError: no such GPU" and told["fails"]["status"] == 1
     assert 3 <= told["hangs"]["seconds"] < 10
     printed = capsys.readouterr().out
-    assert "-- killed: hangs" in printed and "hello" in printed and "    failed" in printed.splitlines()[-5]
+    assert "-- killed: hangs" in printed and "no such GPU" in printed and "    failed" in printed.splitlines()[-5]
+
+
+def test_what_is_told_of_a_step():
+    rows = [{"result": "right"}, {"result": "compiled"}, {"result": "right", "note": "odd"}, {"result": "wrong"},
+            {"side": "kernel", "result": "timed", "ms": 0.12345, "samples": {}}]  # fmt: skip
+    assert on_gpu.brief({"rows": rows}) == ["1 compiled, 1 right", "right; odd", "wrong", "kernel; timed; ms 0.123"]
+    assert on_gpu.brief(None) == on_gpu.brief([1]) == []
 
 
 def test_no_time_left(tmp_path, capsys):
@@ -260,7 +267,7 @@ hopper_run.main(sys.argv[1], "forward", "E=12 top-3")
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    assert hopper_run.main(str(tmp_path / "out.json"), "forward")
+    assert not hopper_run.main(str(tmp_path / "out.json"), "forward")
     assert "only on a CUDA GPU of compute capability 9.x, this is cpu" in capsys.readouterr().out
 
 
