@@ -69,9 +69,11 @@ STEPS = (
 )  # fmt: skip
 
 
-def main(out: str, seconds: float = 100.0, stages: Sequence[str] = (), folder: str | None = None,
+def main(out: str | None, seconds: float = 100.0, stages: Sequence[str] = (), folder: str | None = None,
          steps: Sequence[Step] = STEPS) -> bool:  # fmt: skip
     """Runs the steps of `stages` (all), and says whether all went well. folder: of the steps' own files."""
+    if out is None:
+        raise UserError("--out is needed: the file that keeps what each step wrote")
     known = list(dict.fromkeys(step.stage for step in steps))
     for name in stages:
         if name not in known:

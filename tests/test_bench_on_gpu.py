@@ -63,6 +63,8 @@ def test_no_time_left(tmp_path, capsys):
     told = json.loads((tmp_path / "out.json").read_text())["steps"]
     assert {name: one["state"] for name, one in told.items()} == {"hangs": "killed", "late": "skipped"}
     assert "-- skipped: late: no time left" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--out is needed"):
+        on_gpu.main(None)
     with pytest.raises(UserError, match="stage 'four' is unknown; choose from one, two, three"):
         on_gpu.main(str(tmp_path / "out.json"), stages=["four"], steps=steps)
 
