@@ -22,6 +22,7 @@ class EncoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and moments are float32
     remat: str = "none"  # what the forward pass keeps: none (all), nothing_saveable, dots_saveable ...
     scan: bool = True  # one compiled layer for all; false to debug
+    attention: str = "auto"  # auto, xla, cudnn, cudnn_packed or triton (jaxmodels/layers/flash.py)
 
     def __post_init__(self):
         for name in ("d_model", "layers", "heads"):
@@ -34,7 +35,8 @@ class EncoderConfig:
         """The model's own config. No contact head: nothing here trains it."""
         from jaxmodels.esm.config import EsmConfig
 
-        options = {"contact_head": False, "dtype": self.dtype, "remat": self.remat, "scan_layers": self.scan}
+        options = {"contact_head": False, "dtype": self.dtype, "remat": self.remat, "scan_layers": self.scan,
+                   "attention": self.attention}
         if self.size != "own":
             return getattr(EsmConfig, self.size)(**options)
         return EsmConfig(d_model=self.d_model, num_heads=self.heads, ffn_widths=(4 * self.d_model,) * self.layers,

@@ -7,9 +7,12 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.esm.alphabet import CLS, EOS, MASK, PAD, TOKENS
 
-REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
+REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "products_saveable",
+         "everything_saveable")
+ATTENTION = ("auto", "xla", "cudnn", "cudnn_packed", "triton")
 _CHOICES = {"norm_placement": ("pre", "post"), "position": ("rotary", "learned"), "pool": ("mean", "cls"),
-            "rope_inv_freq": ("checkpoint", "exact"), "family": ("esm", "roberta"), "remat": REMAT}
+            "rope_inv_freq": ("checkpoint", "exact"), "family": ("esm", "roberta"), "remat": REMAT,
+            "attention": ATTENTION}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class EsmConfig:
         the released ones are rounded to float16, and the weights are used to that), ``exact`` by computed ones.
     lm_head, contact_head: whether the model has them. classes: of the sequence classifier, 0 for none; pool: what it
         reads, the ``mean`` over residues (no <cls>, <eos>, padding) or the ``cls`` token, as transformers does.
-    ffn_widths, scan_layers, remat: as in DecoderConfig.
+    ffn_widths, scan_layers, remat: as in DecoderConfig; ``products_saveable`` also keeps what fused attention gives.
+    attention: see jaxmodels/layers/flash.py. ``auto`` is cuDNN's on an NVIDIA GPU in half precision, else XLA's.
     family: the Hugging Face ``model_type`` that this configuration is written back as.
     """
 
@@ -56,6 +60,7 @@ class EsmConfig:
     param_dtype: str = "float32"
     scan_layers: bool = True
     remat: str = "none"
+    attention: str = "auto"
 
     windows = None  # no layer has one (read by the code that runs layers)
 

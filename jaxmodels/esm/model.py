@@ -14,7 +14,7 @@ from flax import nnx
 from jaxmodels.errors import UserError
 from jaxmodels.esm.config import EsmConfig
 from jaxmodels.esm.heads import Classifier, ContactHead, LMHead, contact_evidence, pool
-from jaxmodels.layers import stack
+from jaxmodels.layers import flash, stack
 from jaxmodels.layers.attention import Attention, Context
 from jaxmodels.layers.axes import constrain
 from jaxmodels.layers.mlp import MLP
@@ -224,8 +224,11 @@ def make_context(cfg: EsmConfig, mask, tokens, segments=None, positions=None):
     if positions is None:
         # A learned table counts real tokens only, whatever the mask says (transformers does so too); rotation sees
         # differences only, so there a row may begin anywhere.
-        real = jnp.ones((B, T), jnp.int32) if cfg.position == "rotary" else (tokens != cfg.pad_id).astype(jnp.int32)
-        positions = jnp.cumsum(real, axis=1) - real
+        if cfg.position == "rotary":
+            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        else:
+            real = (tokens != cfg.pad_id).astype(jnp.int32)
+            positions = jnp.cumsum(real, axis=1) - real
         if segments is not None:
             starts = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
             first = jax.lax.cummax(jnp.where(starts, jnp.arange(T), 0), axis=1)
@@ -235,7 +238,11 @@ def make_context(cfg: EsmConfig, mask, tokens, segments=None, positions=None):
     if segments is not None:
         allowed &= segments[:, :, None] == segments[:, None, :]
     rotation = turns(positions, cfg.frequencies) if cfg.position == "rotary" else None
-    return positions, Context(rotation, allowed)
+    groups = None
+    if cfg.attention != "xla":  # whose mask says it all
+        groups = flash.groups(jnp.where(mask, 1 if segments is None else segments, 0),
+                              with_runs=cfg.attention == "cudnn_packed")
+    return positions, Context(rotation, allowed, groups=groups, implementation=cfg.attention)
 
 
 def _compensation(masked, mask, segments):

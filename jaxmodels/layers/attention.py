@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmodels.layers import flash
 from jaxmodels.layers.linear import linear
 from jaxmodels.layers.norms import RMSNorm
 from jaxmodels.layers.param import param
@@ -28,12 +29,16 @@ class Context:
     allowed: bool[B, T, S], causality, padding and segments together; [B, 1, S] where all queries see the same keys.
     distance: int32[B, T, S] from key to query, or None if no layer has a window.
     write_at: where this call's keys go in the cache.
+    groups: who belongs together, for kernels that are told it by numbers. implementation: ``xla``, or what
+    layers/flash.py chooses from ``auto`` or a name; that needs groups.
     """
 
     rotation: tuple[jax.Array, jax.Array] | None
     allowed: jax.Array
     distance: jax.Array | None = None
     write_at: jax.Array | None = None
+    groups: flash.Groups | None = None
+    implementation: str = dataclasses.field(default="xla", metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -77,7 +82,7 @@ class Attention(nnx.Module):
         allowed = context.allowed
         if window is not None:
             allowed &= context.distance < window
-        y = attend(q, k, v, allowed, probe, self.causal)
+        y = attend(q, k, v, allowed, probe, self.causal, context.implementation, context.groups)
         # One contracted axis: with two of them (N and H) XLA transposes both factors in every call.
         bias = None if self.out_bias is None else self.out_bias[...]
         y = linear(y.reshape(*x.shape[:2], -1), self.out[...].reshape(-1, x.shape[-1]), bias)
@@ -95,7 +100,7 @@ class Attention(nnx.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: Probe,
-           causal: bool = True) -> jax.Array:
+           causal: bool = True, implementation: str = "xla", groups: flash.Groups | None = None) -> jax.Array:
     """softmax(q·k / √H)·v. q [B, T, N, H], k and v [B, K, S, H], allowed bool[B, T, S] -> [B, T, N, H].
 
     causal: ``allowed`` lets query slot t see key slots s <= t only, the queries being T neighbours; the others are then
@@ -105,6 +110,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, probe: 
     """
     if probe.wants("attention.probability") or q.shape[1] == 1:
         return _attend_plain(q, k, v, allowed, probe)
+    name = flash.choose(implementation, q, k, allowed)
+    if name != "xla":
+        return flash.attend(name, q, k.swapaxes(1, 2), v.swapaxes(1, 2), allowed, groups)
     on_cpu = _attend_by_head if causal else _attend_in_blocks
     return jax.lax.platform_dependent(q, k, v, allowed, cpu=on_cpu, default=_attend_fused)
 

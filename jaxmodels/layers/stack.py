@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxmodels.errors import UserError
 from jaxmodels.layers.attention import NO_WINDOW, Context
+from jaxmodels.layers.flash import PRIMITIVES
 from jaxmodels.taps import KINDS, NO_TAPS, Taps
 
 
@@ -122,7 +123,14 @@ def _saving(cfg, layer, prevent_cse):
     """The layer, of which the way back computes again what ``cfg.remat`` does not keep."""
     if cfg.remat == "none":
         return layer
-    return jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, cfg.remat), prevent_cse=prevent_cse)
+    policy = products_saveable if cfg.remat == "products_saveable" else getattr(jax.checkpoint_policies, cfg.remat)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
+
+
+def products_saveable(primitive, *arguments, **parameters):
+    """Keeps the products with weight matrices and what fused attention gives; the rest costs little to do again."""
+    return primitive.name in PRIMITIVES or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *arguments, **parameters)
 
 
 def _windows(cfg, start, stop):
