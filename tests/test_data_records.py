@@ -49,6 +49,16 @@ def the_file(folder, split="train"):
     return folder / "records" / open_records(folder, split).files[0]["name"]
 
 
+def test_more_than_tfds_keeps_in_memory(tmp_path, monkeypatch):
+    """It would go on in files, and open them with TensorFlow."""
+    from tensorflow_datasets.core import shuffle
+
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
+    prepare(tmp_path, SPLITS)
+    source = open_records(tmp_path, "train")
+    assert [int(source[i]["bytes"]) for i in range(300)] == list(range(300))
+
+
 def test_records_come_back_as_they_were(whole):
     for split, arrays in SPLITS.items():
         source = open_records(whole, split)

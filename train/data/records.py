@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,10 @@ def _check(path: Path, size: int | None, records: int) -> None:
 def _write(splits: dict[str, dict[str, np.ndarray]], partial: Path) -> Path:
     """Writes a TFDS data set under `partial`; returns its folder, complete and flushed to disk."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import shuffle
 
+    # Above this many bytes it would keep them in files, by TensorFlow. They are in memory anyway: once more, then.
+    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
     shapes = [{name: (a.shape[1:], a.dtype) for name, a in arrays.items()} for arrays in splits.values()]
     lengths = {split: {len(a) for a in arrays.values()} for split, arrays in splits.items()}
     if not shapes or any(shape != shapes[0] for shape in shapes) or any(len(one) != 1 for one in lengths.values()):
