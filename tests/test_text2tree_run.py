@@ -135,6 +135,18 @@ def test_what_is_amiss_is_told_once(tmp_path, capsys):
     assert capsys.readouterr().err.count(f"path:{path}: 1 texts have no code") == 1
 
 
+@pytest.mark.parametrize("method", ["plain", "text2tree", "recursive", "hiagm", "logit_adjustment"])
+def test_scores_begin_at_how_often_codes_occur(method, tmp_path):
+    """All at one half would take the first epochs to unlearn. (logit_adjustment adds the shares in its loss.)"""
+    trial = prepared(tmp_path / "out", write(tmp_path / "notes.csv"), f"method.name={method}")
+    labels, tree = trial.source.parts["train"].labels, trial.source.tree
+    bias = np.asarray(trial.start.head.out_bias[...])
+    if len(bias) > tree.num_classes:  # over nodes
+        bias = bias[tree.leaf_index - 1]
+    shares = 1 / (1 + np.exp(-bias))
+    np.testing.assert_allclose(shares, 0.5 if method == "logit_adjustment" else labels.mean(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("method, ends, chosen", [("plain", 18, 6), ("ldam_drw", None, 54)])
 def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_path):
     """Of 60 steps in 10 epochs ldam_drw re-weights the last 12; the scores are best before that."""

@@ -231,6 +231,8 @@ def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, read
     epoch = len(part) // cfg.data.batch  # of the texts there are, not of their repetitions: equal budgets
     cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
     start = build(cfg, source.tree, reader)
+    if source.multi_label and cfg.method.name != "logit_adjustment":  # which adds the shares in its loss
+        begin_with_shares(start, labels, source.tree if cfg.method.name in OVER_NODES else None)
     if cfg.method.name == "hiagm":
         start.head.prior[...] = jnp.asarray(prior(labels, source.tree))
     optimizer, schedule = make_tuner(cfg)
@@ -246,6 +248,18 @@ def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, read
     return Trial(cfg, folder, source, data, start, best, task, mesh)
 
 
+def begin_with_shares(model: Text2Tree, labels: np.ndarray, over: LabelTree | None) -> None:
+    """Sets the head's biases so that its scores begin at the share of training texts that have a code (Lin et al. 2017,
+    section 3.3), of labels {0, 1}[n, K]; over: the tree whose nodes are the outputs.
+
+    Zero biases would give every code to half of the texts, and rare codes take most of a short training to unlearn that
+    (docs/log.md).
+    """
+    targets = np.asarray(labels if over is None else baselines.hierarchical_targets(labels, over))
+    share = np.clip(targets.mean(0), 1 / (2 * len(targets)), 1 - 1 / (2 * len(targets)))  # finite where none or all
+    getattr(model.head, "pooled", model.head).out_bias[...] = jnp.asarray(np.log(share / (1 - share)), jnp.float32)
+
+
 def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
     """(optimizer, schedule of the head's rate): the encoder and the label states move at shares of it (section 4.5)."""
     optimizer, schedule = make_optimizer(cfg.optimizer, cfg.loop.steps), make_schedule(cfg.optimizer, cfg.loop.steps)
@@ -253,7 +267,7 @@ def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callabl
     def scales(params: Any) -> Any:
         def scale(path: Any, leaf: Any) -> jax.Array:
             first = str(getattr(path[0], "key", path[0]))
-            rate = cfg.method.labels_rate if is_label(path) else cfg.encoder.trunk if first == "encoder" else 1.0
+            rate = cfg.method.labels_rate if is_label(path) else cfg.encoder.share if first == "encoder" else 1.0
             return jnp.float32(rate)
 
         return jax.tree_util.tree_map_with_path(scale, params)

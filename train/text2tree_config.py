@@ -48,6 +48,7 @@ class TextDataConfig:
 
 
 FROZEN = 4  # of MiniLM's six layers
+OWN = ("cnn", "fresh")  # encoders that are trained from random weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TextEncoderConfig:
     name: str = "all-minilm-l6-v2"  # a BERT-like model (folder, name); from random weights: fresh, cnn
     pool: Literal["cls", "mean"] = "mean"  # what stands for a text; MiniLM was trained to mean over tokens
     frozen: int = FROZEN  # lower layers of such a model that do not move; their states are stored on disk. 0: none
-    trunk: float = 1.0  # rate of the encoder, as a share of the head's
+    trunk: float | None = None  # rate of the encoder, as a share of the head's; none: 0.02, if from random weights 0.2
     filters: int = 100  # of each width of the cnn
     words: int = 8000  # pieces of fresh and cnn, learned from the training texts (fresh: and names of codes)
     fresh: FreshConfig = FreshConfig()
@@ -91,10 +92,16 @@ class TextEncoderConfig:
         for name, low in (("frozen", 0), ("filters", 1), ("words", 300)):
             if getattr(self, name) < low:
                 raise UserError(f"encoder.{name}={getattr(self, name)} must be at least {low}")
-        if not self.trunk >= 0:
+        if self.trunk is not None and not self.trunk >= 0:
             raise UserError(f"encoder.trunk={self.trunk} must be at least 0")
         if self.name == "fresh" and self.frozen not in (0, FROZEN):
             raise UserError(f"encoder.frozen={self.frozen}: a fresh encoder is trained whole; set it to 0")
+
+    @property
+    def share(self) -> float:
+        """`trunk`, or what it is by default: a pretrained model's features are small, MiniLM's of norm 2, and ask for a
+        fast head."""
+        return (0.2 if self.name in OWN else 0.02) if self.trunk is None else self.trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +141,7 @@ class Text2TreeRun:
     encoder: TextEncoderConfig = TextEncoderConfig()
     method: MethodConfig = MethodConfig()
     # not clipped: the straight-through links have large gradients, and would hold back everything else with them
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, schedule="constant", beta2=0.999, weight_decay=0.0,
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-3, schedule="constant", beta2=0.999, weight_decay=0.0,
                                                  clip=0.0)
     epochs: int = 30  # at most
     patience: int = 5  # epochs without a better macro-F1 on the development part that end the training

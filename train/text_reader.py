@@ -19,10 +19,9 @@ from jaxmodels.hub.resolve import resolve
 from jaxmodels.hub.tokenizer import Tokenizer, load_tokenizer
 from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder, TransformerEncoder, batch_of, chunks_of, pretrained
 from train.runtime.files import write_atomic
-from train.text2tree_config import FreshConfig, TextEncoderConfig
+from train.text2tree_config import OWN, FreshConfig, TextEncoderConfig
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-OWN = ("cnn", "fresh")  # encoders that are trained from random weights
 STORED = np.float16  # of states on disk: half the bytes, and what reads them is trained on just these
 BATCH = 64
 STEP = 16  # widths of batches are multiples of it, so that few are compiled
