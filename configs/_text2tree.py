@@ -10,6 +10,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "encoder.name": "cnn", "encoder.words": 400, "encoder.filters": 8, "data.length": 32, "data.batch": 16,
         "data.limit": 64, "epochs": 2, "bootstrap": 100,
     },
+    # All layers of the encoder, at the rate that is usual for BERT, 2e-5: for a GPU.
+    "whole": {"encoder.frozen": 0, "encoder.trunk": 0.004},
 }
 
 
