@@ -49,7 +49,7 @@ class Step:
 
 def _kernel(product: str) -> Step:
     return Step("kernels", f"hopper {product}", ("-m", "benchmarks.hopper_run", "--products", product,
-                                                 "--seconds", "50", "--out", "{out}"), 60, 0.14)  # fmt: skip
+                                                 "--seconds", "75", "--out", "{out}"), 90, 0.14)  # fmt: skip
 
 
 def _train(size: str, name: str) -> Step:
