@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels._platform import prepare_jax
+from jaxmodels.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"tokens/s": 90_000.0, "attribution seconds": 10.0}  # of the 650M configuration on one H100
@@ -116,6 +117,8 @@ class Record:
 
 def main(out: str | None = None, seconds: float = 120, tiny: bool = False, variants: str = "") -> None:
     """Measures in processes of their own, one after the other; each is ended when its time is over."""
+    if not tiny and not Path("/dev/nvidia0").exists():
+        raise UserError("esm_gpu needs an NVIDIA GPU, and there is none; --tiny tries the program on a CPU")
     prepare_jax()  # of the children: what is compiled once is there for the next call on this machine
     with tempfile.TemporaryDirectory() as folder:
         file = Path(out or Path(folder) / "found.json").resolve()
@@ -227,7 +230,6 @@ def packed_rows(size: Size, count: int) -> Rows:
     """Rows as training sees them, at random among those of the corpus."""
     import numpy as np
 
-    from jaxmodels.errors import UserError
     from jaxmodels.esm.alphabet import CLS, EOS, PAD, STANDARD, encode
     from train.data.masking import Masking
     from train.data.packing import pack_whole
@@ -616,7 +618,10 @@ def _arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     told = _arguments()
     if told.side is None:
-        main(told.out, told.seconds, told.tiny, told.variants)
+        try:
+            main(told.out, told.seconds, told.tiny, told.variants)
+        except UserError as error:
+            sys.exit(str(error))
     elif told.tiny or _has_gpu(told.side):
         SIDES[told.side](Record(told.out, told.deadline), TINY if told.tiny else H100, told.variants)
     else:

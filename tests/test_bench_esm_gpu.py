@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,5 +88,12 @@ def test_the_whole_program(tmp_path):
 
 
 def test_time_that_is_over(tmp_path, capsys):
-    esm_gpu.main(str(tmp_path / "out.json"), seconds=1)
+    esm_gpu.main(str(tmp_path / "out.json"), seconds=1, tiny=True)
     assert "train: left out, no time" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="an NVIDIA GPU is here")
+def test_without_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        esm_gpu.main(str(tmp_path / "out.json"))
+    assert not (tmp_path / "out.json").exists()
