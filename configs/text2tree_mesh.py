@@ -2,6 +2,9 @@
 
 1,861 abstracts to train on, 8.5 labels each. The four lower layers of MiniLM do not move; their states are stored.
 
+Recorded (2026-11-26, one H100, three seeds): macro-F1 0.444, plain fine-tuning 0.437, TF-IDF 0.444
+(docs/text2tree.md). On two CPU threads a trial of 14 epochs took 22 minutes beside other work.
+
     jaxmodels run text2tree_mesh
     jaxmodels run text2tree_mesh method.name=plain
     jaxmodels sweep text2tree_mesh grid=methods                # all methods; grid=paper: 16 settings of one
@@ -15,7 +18,7 @@ from train.text2tree_config import Text2TreeRun, TextDataConfig
 __all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
 
 NEEDS = ("mesh_pubmed",)
-MINUTES: dict[str, float] = {}
+MINUTES: dict[str, float] = {"default": 22}
 GRIDS = grids(without=("oversampling",))
 
 
