@@ -493,18 +493,25 @@ def site(record: Record, size: Size, model: Any, tokens: Any, target: Any, point
         run = engine._Run(model, tokens, points, target, "sum", None, {}, "zero", False, "site")
     record_seconds = time.perf_counter() - start
 
-    def one(point: str, layer: int) -> tuple[float, float]:
-        """(error, change) of a site; what `integrated_gradients` does for it, without doubling."""
-        with highest():  # is of a thread
-            _, total, begin = engine._site(
-                run.program, point, "sum", "suffix", run.state, run.inputs, run.target, jnp.int32(layer),
-                run.aux["residual"][layer], run.activation(point)[layer], run.base[point][0], None, *alphas)
-            change = float(run.end[0] - begin[0])
-            return abs(float(total[0]) - change), change
+    def arguments(point: str, layer: int) -> tuple[Any, ...]:
+        return (run.state, run.inputs, run.target, jnp.int32(layer), run.aux["residual"][layer],
+                run.activation(point)[layer], run.base[point][0], None, *alphas)
 
     start = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(len(points)) as pool:  # XLA compiles outside Python's lock
-        list(pool.map(one, points, [layers - 1] * len(points)))
+    with highest():
+        # One by one: threads that trace one function fail ("Store occupied"). Compiling is outside Python's lock.
+        lowered = [engine._site.lower(run.program, point, "sum", "suffix", *arguments(point, 0)) for point in points]
+    with concurrent.futures.ThreadPoolExecutor(len(points)) as pool:
+        programs = dict(zip(points, pool.map(lambda one: one.compile(), lowered), strict=True))
+
+    def one(point: str, layer: int) -> tuple[float, float]:
+        """(error, change) of a site; what `integrated_gradients` does for it, without doubling."""
+        _, total, begin = programs[point](*arguments(point, layer))
+        change = float(run.end[0] - begin[0])
+        return abs(float(total[0]) - change), change
+
+    for point in points:
+        one(point, layers - 1)
     compile_seconds = time.perf_counter() - start
     full = timed(lambda: one(points[0], 0)) * sites / 2  # a site costs what follows it
     room = max(record.left() - 4, 1)
