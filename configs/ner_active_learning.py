@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, object]] = {
     },
 }
 NEEDS = ()
-MINUTES: dict[str, float] = {"default": 96}
+MINUTES: dict[str, float] = {}
 
 
 def get_config() -> StudyConfig:

@@ -22,7 +22,7 @@ class EncoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and moments are float32
     remat: str = "none"  # what the forward pass keeps: none (all), nothing_saveable, dots_saveable ...
     scan: bool = True  # one compiled layer for all; false to debug
-    attention: str = "auto"  # auto, xla, cudnn, cudnn_packed or triton (jaxmodels/layers/flash.py)
+    attention: Literal["auto", "xla", "cudnn", "cudnn_packed", "triton"] = "auto"  # see jaxmodels/layers/flash.py
 
     def __post_init__(self):
         for name in ("d_model", "layers", "heads"):
