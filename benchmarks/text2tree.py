@@ -7,8 +7,8 @@ padding), 100 classes of a tree of 167 nodes, 8.5 a text; once with the lower fo
 of tokens), once with the whole encoder trained. In turns in one process, same weights, same texts.
 
 PyTorch: transformers' BertModel (sdpa, no attention mask, no dropout inside, which ours has not either), mean over
-tokens, the same head, AdamW; float32 on as many threads as there are cores. Its answers and its loss are compared with
-ours before anything is timed.
+tokens, the same linear head, AdamW; float32 on as many threads as there are cores. Its answers and its loss are
+compared with ours before anything is timed.
 """
 
 import dataclasses
@@ -178,9 +178,7 @@ class Torch:
             self.bert = transformers.BertModel.from_pretrained(
                 Path(folder) / "bert", add_pooling_layer=False, attn_implementation="sdpa", dtype=torch.float32,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        self.head = torch.nn.Sequential(
-            self._linear(head.pooler, head.pooler_bias), torch.nn.Tanh(), torch.nn.Dropout(head.rate),
-            self._linear(head.out, head.out_bias))
+        self.head = torch.nn.Sequential(torch.nn.Dropout(head.rate), self._linear(head.out, head.out_bias))
         self.ids, self.labels = torch.from_numpy(batch["tokens"]).long(), torch.from_numpy(batch["labels"])
         self.optimizer = torch.optim.AdamW([*self.bert.parameters(), *self.head.parameters()], options.learning_rate,
                                            (options.beta1, options.beta2), weight_decay=options.weight_decay)

@@ -22,6 +22,7 @@ from jaxmodels.text2tree.encoders import (
 )
 from jaxmodels.text2tree.losses import LossConfig
 from jaxmodels.text2tree.tree import LabelTree
+from train.text2tree_config import TextEncoderConfig
 
 TREE = LabelTree.from_codes(["A1.1", "A1.2", "B2.1", "B2.2", "B2"])
 K, V = 5, 120
@@ -37,9 +38,8 @@ def encoder(kind: str, seed: int = 0):
     return TransformerEncoder(Bert(BertConfig.tiny(lm_head=False), rngs=nnx.Rngs(seed)), kind)
 
 
-def model(kind="cnn", **options) -> Text2Tree:
-    chunks = options.pop("chunks", False)
-    cfg = Text2TreeConfig(LossConfig(**{"gamma": 0.3} | options), chunks=chunks)
+def model(kind="cnn", chunks=False, pooler=True, **options) -> Text2Tree:
+    cfg = Text2TreeConfig(LossConfig(**{"gamma": 0.3} | options), chunks=chunks, pooler=pooler)
     return Text2Tree(encoder(kind), K, cfg, tree=TREE, rngs=nnx.Rngs(1))
 
 
@@ -136,16 +136,31 @@ def test_inference_does_not_touch_the_label_states():
     assert np.allclose(predictions(logits, True), 1 / (1 + np.exp(-np.asarray(logits))), atol=1e-6)
 
 
+def test_a_head_without_pooler():
+    """logits = h W + b, and the mixture of two texts has the mixture of their logits; with a pooler it has not."""
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24)), jnp.float32)
+    bare, pooled = model(pooler=False).head, model().head
+    assert not {"pooler", "pooler_bias"} & set(nnx.state(bare)) and {"pooler", "pooler_bias"} < set(nnx.state(pooled))
+    np.testing.assert_allclose(bare(h), h @ bare.out[...] + bare.out_bias[...], rtol=1e-5, atol=1e-6)
+    for head, linear in ((bare, True), (pooled, False)):
+        head.out[...] = 10 * head.out[...]  # so that tanh bends
+        apart = head(10 * h.mean(0, keepdims=True)) - head(10 * h).mean(0)
+        assert (float(jnp.abs(apart).max()) < 1e-4) == linear
+    assert TextEncoderConfig().has_pooler is False and TextEncoderConfig(pool="cls").has_pooler
+    assert TextEncoderConfig(pooler=True).has_pooler and not TextEncoderConfig(pool="cls", pooler=False).has_pooler
+
+
 @pytest.mark.long
-def test_chunks_of_long_texts():
+@pytest.mark.parametrize("pooler", [True, False])
+def test_chunks_of_long_texts(pooler):
     """Padding chunks count nothing; with one chunk, label attention is a plain head; mixtures are of whole texts."""
-    one = model("mean", chunks=True)
+    one = model("mean", chunks=True, pooler=pooler)
     long = [[1, *range(10, 40), 2], [1, 50, 51, 2]]
     tokens, mask = chunks_of(long, 12, 3)
     logits, _ = one(tokens, mask)
     wide = [np.pad(a, ((0, 0), (0, 2), (0, 0))) for a in (tokens, mask)]
     assert np.allclose(one(*wide)[0], logits, atol=1e-5) and logits.shape == (2, K)
-    plain = model("mean")
+    plain = model("mean", pooler=pooler)
     plain.encoder, plain.head = one.encoder, one.head.pooled
     assert np.allclose(plain(*(a[1:, 0] for a in (tokens, mask)))[0], logits[1:], atol=1e-5)
     features, vector, _ = one.features(tokens, mask)

@@ -22,6 +22,7 @@ from jaxmodels.errors import UserError
 from train import entity_metrics
 from train.data.conll import Sentence
 from train.data.tagged import TaggedTexts
+from train.runtime.progress import progress
 from train.runtime.run_folder import RunFolder
 
 Words = Sequence[str]
@@ -136,10 +137,12 @@ def train_spacy(source: TaggedTexts, seed: int = 0, check: Callable[[], None] = 
                                   lambda: (entity_metrics.f1(truth, spacy_tags(nlp, words)), {}), exclude=[],
                                   **{name: settings[name] for name in asked})
     model, best = nlp.get_pipe("ner").model, b""
-    for _, _, is_best in steps:
-        check()
-        if is_best:
-            best = model.to_bytes()
+    with progress(settings["max_steps"], "training spaCy, at most") as advance:
+        for _, _, is_best in steps:
+            check()
+            advance()
+            if is_best:
+                best = model.to_bytes()
     model.from_bytes(best)
     return functools.partial(spacy_tags, nlp)
 

@@ -200,8 +200,8 @@ def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
         pieces = [reader.tokenizer.encode(tree.name_of(node), special=False) for node in range(len(tree))]
         mask = reader.tokenizer.inner.token_to_id("[MASK]")
         rows = label_rows(tree, pieces, whole.embed[...], mask)
-    options = Text2TreeConfig(loss_config(method), start=method.start, chunks=cfg.data.chunks > 1, head=head(cfg),
-                              attention="gcn" if method.label_encoder == "gcn" else "auto")
+    options = dataclasses.replace(for_inference(cfg), loss=loss_config(method), start=method.start,
+                                  attention="gcn" if method.label_encoder == "gcn" else "auto")
     # trained in place: a copy, so that a second model of the same reader begins alike
     encoder = nnx.clone(reader.encoder)
     model = Text2Tree(encoder, outputs(cfg, tree), options, tree=tree if ours or options.head == "hiagm" else None,
@@ -216,8 +216,10 @@ def outputs(cfg: Text2TreeRun, tree: LabelTree) -> int:
     return len(tree) - 1 if cfg.method.name in OVER_NODES else tree.num_classes
 
 
-def head(cfg: Text2TreeRun) -> str:
-    return "hiagm" if cfg.method.name == "hiagm" else "linear"
+def for_inference(cfg: Text2TreeRun) -> Text2TreeConfig:
+    """What of the model's configuration predicting needs."""
+    return Text2TreeConfig(LossConfig("plain"), pooler=cfg.encoder.has_pooler, chunks=cfg.data.chunks > 1,
+                           head="hiagm" if cfg.method.name == "hiagm" else "linear")
 
 
 def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, data: Path, mesh: Mesh
@@ -449,7 +451,7 @@ def predict(config: Mapping[str, Any], folder: Path, texts: Sequence[str], top: 
     tree, multi_label = tree_from(classes), bool(classes["multi_label"])
     threshold = (read_json(folder / RESULTS) or {}).get("test.model.threshold") if multi_label else None
     reader = make_reader(cfg.encoder, None, cfg.seed, folder)
-    options = Text2TreeConfig(LossConfig("plain"), chunks=cfg.data.chunks > 1, head=head(cfg))
+    options = for_inference(cfg)
     model = restored(Text2Tree(reader.encoder, outputs(cfg, tree), options, tree=tree if options.head == "hiagm" else
                                None, pooler=reader.pooler, rngs=nnx.Rngs(cfg.seed)), folder)
     path_columns = [f"level_{level}{end}" for level in range(1, tree.num_levels + 1) for end in ("", "_description")]

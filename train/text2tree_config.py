@@ -82,6 +82,7 @@ class TextEncoderConfig:
 
     name: str = "all-minilm-l6-v2"  # a BERT-like model (folder, name); from random weights: fresh, cnn
     pool: Literal["cls", "mean"] = "mean"  # what stands for a text; MiniLM was trained to mean over tokens
+    pooler: bool | None = None  # a dense layer with tanh below the head, as in BERT; none: with pool=cls alone
     frozen: int = FROZEN  # lower layers of such a model that do not move; their states are stored on disk. 0: none
     trunk: float | None = None  # rate of the encoder, as a share of the head's; none: 0.02, if from random weights 0.2
     filters: int = 100  # of each width of the cnn
@@ -96,6 +97,11 @@ class TextEncoderConfig:
             raise UserError(f"encoder.trunk={self.trunk} must be at least 0")
         if self.name == "fresh" and self.frozen not in (0, FROZEN):
             raise UserError(f"encoder.frozen={self.frozen}: a fresh encoder is trained whole; set it to 0")
+
+    @property
+    def has_pooler(self) -> bool:
+        """`pooler`, or what it is by default: a pooler was trained above [CLS]; above a mean it costs accuracy."""
+        return self.pool == "cls" if self.pooler is None else self.pooler
 
     @property
     def share(self) -> float:

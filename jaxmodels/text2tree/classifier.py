@@ -1,4 +1,4 @@
-"""Text2Tree (Yan et al. 2023, arXiv 2311.16650): encoder, pooler and linear head; label states in training only.
+"""Text2Tree (Yan et al. 2023, arXiv 2311.16650): encoder, head; label states in training only.
 
     model = Text2Tree(encoder, tree.num_classes, cfg, tree=tree, rngs=nnx.Rngs(0))
     loss, parts = model.loss(batch, key)      # training
@@ -30,12 +30,14 @@ HEADS = ("linear", "hiagm")
 
 @dataclasses.dataclass(frozen=True)
 class Text2TreeConfig:
-    """dropout: before the linear head, in training. chunks: texts come in pieces, [B, C, T], and labels attend to them
-    (`ChunkHead`). attention, start: see `HlrConfig`. head: ``linear``, or ``hiagm``, with an output for every node of
-    the tree but the root (`HiagmHead`)."""
+    """dropout: before the linear head, in training. pooler: a dense layer with tanh below it, as BERT has above [CLS];
+    a mean over tokens is better read without (docs/log.md, 2026-11-26). chunks: texts come in pieces, [B, C, T], and
+    labels attend to them (`ChunkHead`). attention, start: see `HlrConfig`. head: ``linear``, or ``hiagm``, with an
+    output for every node of the tree but the root (`HiagmHead`)."""
 
     loss: LossConfig = LossConfig()
     dropout: float = 0.1
+    pooler: bool = True
     chunks: bool = False
     attention: str = "auto"
     start: str = "random"
@@ -47,12 +49,14 @@ class Text2TreeConfig:
 
 
 class Head(nnx.Module):
-    """logits = dropout(tanh(h W_p + b_p)) W + b, section 6. Its features are the encoder's h [B, D]."""
+    """logits = dropout(u) W + b, with a pooler u = tanh(h W_p + b_p), section 6, else u = h. Its features are h [B, D],
+    the encoder's."""
 
-    def __init__(self, d_model: int, classes: int, rate: float, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, classes: int, rate: float, pooler: bool = True, *, rngs: nnx.Rngs):
         self.rate = rate
-        self.pooler = param(rngs, (d_model, d_model), ("embed", None), std=0.02)  # BERT's initial values
-        self.pooler_bias = param(rngs, (d_model,), (None,), value=0.0)
+        if pooler:
+            self.pooler = param(rngs, (d_model, d_model), ("embed", None), std=0.02)  # BERT's initial values
+            self.pooler_bias = param(rngs, (d_model,), (None,), value=0.0)
         self.out = param(rngs, (d_model, classes), ("embed", "vocab"), std=0.02)
         self.out_bias = param(rngs, (classes,), ("vocab",), value=0.0)
 
@@ -60,28 +64,32 @@ class Head(nnx.Module):
         """What is mixed: h itself."""
         return h
 
+    def pool(self, h: jax.Array) -> jax.Array:
+        """[..., D] -> u, float32[..., D]."""
+        h = h.astype(jnp.float32)
+        return jnp.tanh(linear(h, self.pooler[...], self.pooler_bias[...])) if hasattr(self, "pooler") else h
+
     def __call__(self, features: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[P, D] -> float32[P, K]."""
-        x = jnp.tanh(linear(features.astype(jnp.float32), self.pooler[...], self.pooler_bias[...]))
-        return linear(dropout(x, self.rate, key), self.out[...], self.out_bias[...])
+        return linear(dropout(self.pool(features), self.rate, key), self.out[...], self.out_bias[...])
 
 
 class ChunkHead(nnx.Module):
     """Each label looks for itself among the chunks of a text (CAML, Mullenbach et al. 2018, arXiv 1802.05695).
 
-    logits_k = Σ_c α_kc w_k·u_c + b_k, u_c = tanh(W_p h_c + b_p), α_k = softmax_c(a_k·u_c). The features of a text are
+    logits_k = Σ_c α_kc w_k·u_c + b_k, u_c of chunk c as in `Head`, α_k = softmax_c(a_k·u_c). The features of a text are
     the sums above and below that fraction, [B, 2, K]: the mixture of two texts' features is then a text with the
     chunks of both, those of one counting lam, those of the other 1 - lam.
     """
 
-    def __init__(self, d_model: int, classes: int, rate: float, *, rngs: nnx.Rngs):
-        self.pooled = Head(d_model, classes, rate, rngs=rngs)
+    def __init__(self, d_model: int, classes: int, rate: float, pooler: bool = True, *, rngs: nnx.Rngs):
+        self.pooled = Head(d_model, classes, rate, pooler, rngs=rngs)
         self.attention = param(rngs, (d_model, classes), ("embed", "vocab"), std=0.02)
 
     def features(self, h: jax.Array, there: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """h [B, C, D], there bool[B, C] -> float32[B, 2, K]."""
         head = self.pooled
-        u = jnp.tanh(linear(h.astype(jnp.float32), head.pooler[...], head.pooler_bias[...]))
+        u = head.pool(h)
         # Clipped, so that texts need no common maximum: e^30 is far from the ends of float32.
         mass = jnp.exp(jnp.clip(linear(u, self.attention[...]), -30, 30)) * there[..., None]
         return jnp.stack([(mass * linear(dropout(u, head.rate, key), head.out[...])).sum(1), mass.sum(1)], axis=1)
@@ -97,8 +105,8 @@ class Text2Tree(nnx.Module):
 
     def __init__(self, encoder: nnx.Module, classes: int, cfg: Text2TreeConfig, *, tree: LabelTree | None = None,
                  pooler: tuple[Any, Any] | None = None, label_rows: Any = None, rngs: nnx.Rngs):
-        """classes: outputs of the head. pooler: weight [D, D] and bias [D] to begin with (a checkpoint's). label_rows:
-        see `hlr.label_rows`."""
+        """classes: outputs of the head. pooler: weight [D, D] and bias [D] that it begins with, if there is one (a
+        checkpoint's). label_rows: see `hlr.label_rows`."""
         over_nodes = cfg.head == "hiagm"
         if tree is None and (over_nodes or cfg.loss.method != "plain"):
             what = "head hiagm" if over_nodes else f"method {cfg.loss.method}"
@@ -110,8 +118,8 @@ class Text2Tree(nnx.Module):
         if over_nodes:
             self.head = HiagmHead(encoder.width, tree, cfg.dropout, rngs=rngs)
         else:
-            self.head = (ChunkHead if cfg.chunks else Head)(encoder.width, classes, cfg.dropout, rngs=rngs)
-        if pooler is not None:
+            self.head = (ChunkHead if cfg.chunks else Head)(encoder.width, classes, cfg.dropout, cfg.pooler, rngs=rngs)
+        if pooler is not None and (over_nodes or cfg.pooler):
             inner = getattr(self.head, "pooled", self.head)
             inner.pooler[...], inner.pooler_bias[...] = map(jnp.asarray, pooler)
         hlr = HlrConfig(encoder.width, attention=cfg.attention, start=cfg.start)
