@@ -75,6 +75,8 @@ def _interval(results: Mapping[str, Any]) -> str:
 
 def _beside(report: Report, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Other systems on the same files: those that the run has trained, and what was measured once."""
+    if is_number(seconds := results.get("epoch_seconds")):
+        results = {**results, "test.train_seconds": seconds * results["epochs"]}
     rows = [{"system": name, "measured": "here", **{key: results.get(f"{prefix}.{key}") for key in (
                  "f1", "precision", "recall", "train_seconds", "words_per_second")}}
             for name, prefix in (("this run", "test"), *((PEERS[name], f"test.{name}") for name in PEERS))

@@ -9,6 +9,7 @@ what lies there and ends with the same sets and scores:
     state.npz      weights and moments, every SAVE_SECONDS and at the end of a round
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -190,22 +191,24 @@ class ActiveLearner:
             rows = tagged_rows(sentences, self.start.vocabulary, data.length, reach, 1000 * self.seed + number)
             order = _order(len(rows["words"]), steps * data.batch, 1000 * self.seed + number)
             saved = began = time.perf_counter()
-            for at in range(done, steps):
-                here = order[at * data.batch:(at + 1) * data.batch]
-                state, metrics = self.step(state, {name: array[here] for name, array in rows.items()})
-                if int(metrics["bad"]) >= BAD_STEPS:
-                    raise UserError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not finite; lower "
-                                    f"optimizer.learning_rate={self.cfg.optimizer.learning_rate}")
-                now = time.perf_counter()
-                so_far = Training(state, number, at + 1, seconds + now - began)
-                try:
-                    self._check()
-                except Interrupted:
-                    self._save(so_far)
-                    raise
-                if now - saved > SAVE_SECONDS:
-                    self._save(so_far)
-                    saved = now
+            with self._progress(steps, f"round {number}", done) as advance:
+                for at in range(done, steps):
+                    here = order[at * data.batch:(at + 1) * data.batch]
+                    state, metrics = self.step(state, {name: array[here] for name, array in rows.items()})
+                    if int(metrics["bad"]) >= BAD_STEPS:
+                        raise UserError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not finite; lower "
+                                        f"optimizer.learning_rate={self.cfg.optimizer.learning_rate}")
+                    advance()
+                    now = time.perf_counter()
+                    so_far = Training(state, number, at + 1, seconds + now - began)
+                    try:
+                        self._check()
+                    except Interrupted:
+                        self._save(so_far)
+                        raise
+                    if now - saved > SAVE_SECONDS:
+                        self._save(so_far)
+                        saved = now
             training = so_far
             self._save(training)
         return training
@@ -275,6 +278,11 @@ class ActiveLearner:
     def _check(self) -> None:
         if self.folder:
             self.folder.check_stop()
+
+    def _progress(self, total: int, label: str, done: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        if self.folder:
+            return self.folder.progress(total, label, done)
+        return contextlib.nullcontext(lambda n=1, note="": None)
 
 
 @functools.lru_cache(maxsize=8)
