@@ -15,7 +15,8 @@ from analysis import ner_report
 from analysis.active_learning import curves, report, strategies, study
 from analysis.active_learning.claims import NO, OPEN, YES, judged
 from analysis.active_learning.config import STRATEGIES, ProtocolConfig, StudyConfig, words_of
-from analysis.active_learning.learner import ActiveLearner, RoundRecord
+from analysis.active_learning.learner import ActiveLearner, RoundRecord, run_together
+from analysis.active_learning.lockstep import Steps
 from analysis.active_learning.oracle import FileOracle, GoldOracle
 from jaxmodels.errors import Interrupted, UserError
 from train import ner
@@ -108,7 +109,7 @@ def test_the_study_tells_and_does_nothing_twice(finished, monkeypatch):
     assert results["mnlp.f1.seed1"] == records["mnlp"][1][-1].f1
     gain = [records["mnlp"][s][-1].f1 - records["random"][s][-1].f1 for s in (0, 1)]
     assert np.sign(results["mnlp.gain.seed0"]) == np.sign(gain[0]) or abs(gain[0]) < 0.05
-    monkeypatch.setattr(ActiveLearner, "run", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(ActiveLearner, "begin", lambda self: pytest.fail("trained again"))
     with RunFolder(out, {}) as folder:
         study.run(cfg, folder)
 
@@ -132,7 +133,7 @@ def test_more_rounds_go_on_where_fewer_ended(finished, tmp_path, monkeypatch):
     assert same(more) == same(study.read_records(cfg, out)[0]["mnlp"][0])
     assert told["mnlp.f1"] == results["mnlp.f1.seed0"] and told["mnlp.share"] > fewer[-1].share
     assert (mine / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
-    monkeypatch.setattr(ActiveLearner, "run", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(ActiveLearner, "begin", lambda self: pytest.fail("trained again"))
     assert same(study_of(1)[0]) == same(more)  # fewer again: what is there stays
 
 
@@ -163,6 +164,55 @@ def test_interrupted_anywhere_it_ends_alike(finished, tmp_path, monkeypatch):
     (tmp_path / "run" / "state.npz").unlink()  # lost: everything is done again, alike
     with RunFolder(tmp_path / "run", {}) as folder:
         assert same(learner(finished, folder=folder).run()) == same(whole)
+
+
+def test_in_lockstep_they_end_alike(finished, tmp_path):
+    """The study with up to three learners to a step, stopped again and again: its sets and scores. What an interruption
+    has left behind catches up."""
+    cfg, out, _, _, _ = finished
+    cfg = dataclasses.replace(cfg, together=3)
+    assert [[f"{name}{seed}" for name, seed, _ in group] for group in study.groups(cfg)] == [
+        ["full0", "full1"], ["random0", "mnlp0", "random1"], ["mnlp1"]]
+    calls, starts, sizes = 0, 0, set()
+    several = Steps._go
+
+    def check(self):
+        nonlocal calls
+        calls += 1
+        if calls % 13 == 0:
+            raise Interrupted("SIGTERM")
+
+    def go(self, group, count, advance):
+        sizes.add(len(group))
+        assert len({one.left for one in group}) == 1 and count > 0
+        return several(self, group, count, advance)
+
+    while True:
+        starts += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunFolder, "check_stop", check)
+            patch.setattr(Steps, "_go", go)
+            try:
+                with RunFolder(tmp_path / "run", to_dict(cfg), operational=cfg.operational) as folder:
+                    study.run(cfg, folder)
+                break
+            except Interrupted:
+                continue
+    assert starts > 5 and sizes == {1, 2, 3}
+    for mine, whole in zip(study.read_records(cfg, tmp_path / "run"), study.read_records(cfg, out), strict=True):
+        assert mine.keys() == whole.keys()
+    mine, whole = (study.read_records(cfg, folder)[0] for folder in (tmp_path / "run", out))
+    for name, seeds in whole.items():
+        for seed, records in seeds.items():
+            assert [one.chosen for one in mine[name][seed]] == [one.chosen for one in records]
+            assert [one.steps for one in mine[name][seed]] == [one.steps for one in records]
+            assert [one.f1 for one in mine[name][seed]] == pytest.approx([one.f1 for one in records], abs=0.02)
+
+
+def test_unlike_learners_are_not_trained_together(finished):
+    other = dataclasses.replace(finished[0].optimizer, learning_rate=1e-3)
+    with pytest.raises(UserError, match="need one model, data"):
+        run_together([learner(finished), learner(finished, optimizer=other)])
 
 
 def test_what_a_round_begins_with(finished):

@@ -6,7 +6,7 @@ With a run folder every round is logged in its metrics.jsonl, and a learner that
 what lies there and ends with the same sets and scores:
 
     selected.npz   what a round has chosen, before anything is trained with it
-    state.npz      weights and moments, every SAVE_SECONDS and at the end of a round
+    state.npz      weights and moments, once a minute and at the end of a round
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ import numpy as np
 
 from analysis.active_learning import acquisition, selection, strategies
 from analysis.active_learning.config import StudyConfig, words_of
+from analysis.active_learning.lockstep import Batch, Round, Steps, Training
 from analysis.active_learning.oracle import Oracle
 from jaxmodels.cnn_cnn_lstm.tagger import Tagged, Tagger
-from jaxmodels.errors import Interrupted, UserError
+from jaxmodels.errors import UserError
 from train.data.conll import Sentence
 from train.data.tagged_rows import tagged_rows
 from train.entity_metrics import entity_scores
@@ -36,8 +37,6 @@ from train.runtime.state import merge, split
 from train.runtime.step import TrainStep
 from train.settings import OptimizerConfig
 
-SAVE_SECONDS = 60.0
-BAD_STEPS = 10  # non-finite steps in a row
 SAVED = ("params", "rest", "opt", "step", "skipped", "bad")  # of a state; its random key is that of the seed
 
 
@@ -75,15 +74,6 @@ class RoundRecord:
         return cls(**values | {"chosen": tuple(line["chosen"])})
 
 
-class Training(NamedTuple):
-    """A state, and where in its training it is: `done` steps of `round`, which took `seconds`."""
-
-    state: dict[str, Any]
-    round: int
-    done: int
-    seconds: float
-
-
 class ActiveLearner:
     """One strategy with one seed. The first set depends on the seed alone; steps of a round on the budget alone.
 
@@ -101,38 +91,50 @@ class ActiveLearner:
         self.total = int(self.lengths.sum())
         if not self.total:
             raise UserError("the pool has no sentence with words; give some")
-        self.graphdef, self.optimizer, self.step = _compiled(split(model.model)[0], config.optimizer)
+        self.graphdef, self.optimizer, self.steps = _compiled(split(model.model)[0], config.optimizer)
         self.tags: dict[int, Sequence[str]] = {}  # what is labelled
+        self.records: list[RoundRecord] = []
+        self.training: Training | None = None  # until the first round begins
 
     def run(self) -> list[RoundRecord]:
         """The rounds, from the first set on; fewer than the config's where the pool ends.
 
         Whatever the config asks for, rounds that lie in the folder stay, and one that has begun is finished.
         """
-        records, training = self._restored()
-        for record in records:
-            self.told(record)
-        last = max(self.cfg.protocol.rounds, training.round)
-        while len(records) <= last and not (records and records[-1].words == self.total):
-            number = len(records)
-            places, seconds = self._selected(number, records, training)
-            chosen = np.concatenate([np.array(one.chosen, int) for one in records] + [places])
-            self._label(chosen)
-            if training.round < number:
-                training = self._begun(number, training.state)
-            training = self._trained(number, training, chosen)
-            tagger = self.tagger(training.state)
-            record = self._record(number, places, chosen, seconds, training, self.tag_test(tagger))
-            if self.folder:
-                self.folder.log(number, **dataclasses.asdict(record))
-            records.append(record)
-            self.told(record)
-        self.training = training
-        return records
+        run_together([self])
+        return self.records
 
-    def tagger(self, state: Mapping[str, Any] | None = None) -> Tagger:
-        """With the weights of a state; default: those after the last round. Usable until training goes on."""
-        state = self.training.state if state is None else state
+    def begin(self) -> Round | None:
+        """Chooses and labels what the next round buys; None after the last. Its training is the caller's, then `end`.
+        """
+        if self.training is None:
+            self.records, self.training = self._restored()
+            for record in self.records:
+                self.told(record)
+        number, training = len(self.records), self.training
+        if number > max(self.cfg.protocol.rounds, training.round) or self._all_labelled():
+            return None
+        self.places, self.selection_seconds = self._selected(number, self.records, training)
+        self.chosen = np.concatenate([np.array(one.chosen, int) for one in self.records] + [self.places])
+        self._label(self.chosen)
+        if training.round < number:
+            training = self._begun(number, training.state)
+        steps = self.steps_of(number)
+        return Round(training, steps, self._batches(number, steps) if training.done < steps else lambda at: {},
+                     self._save, self._check)
+
+    def end(self, training: Training) -> None:
+        """Scores the test sentences after a round's training, and records the round."""
+        self.training = training
+        record = self._record(training, self.tag_test(self.tagger()))
+        if self.folder:
+            self.folder.log(record.round, **dataclasses.asdict(record))
+        self.records.append(record)
+        self.told(record)
+
+    def tagger(self) -> Tagger:
+        """With the weights after the last training. Usable until training goes on."""
+        state = self.training.state
         return Tagger(merge(self.graphdef, state["params"], state["rest"]), self.start.vocabulary, self.start.joins)
 
     def tag_test(self, tagger: Tagger) -> list[Tagged]:
@@ -154,7 +156,7 @@ class ActiveLearner:
         else:
             available = np.ones(len(self.pool), bool)
             available[[i for one in records for i in one.chosen]] = False
-            places = strategies.choose(self.strategy, self.tagger(training.state), self.pool,
+            places = strategies.choose(self.strategy, self.tagger(), self.pool,
                                        words_of(p.words, self.total, "protocol.words"), available=available, seed=seed,
                                        passes=p.passes, overshoot=p.overshoot, check=self._check)
         seconds = time.perf_counter() - began
@@ -181,37 +183,13 @@ class ActiveLearner:
             fresh["params"] = _perturbed(state["params"], key, self.cfg.protocol.shrink, self.cfg.protocol.perturb)
         return Training(fresh, number, 0, 0.0)
 
-    def _trained(self, number: int, training: Training, chosen: np.ndarray) -> Training:
-        """After the steps of a round over all that is labelled; saved."""
-        steps, data = self.steps_of(number), self.cfg.data
-        state, _, done, seconds = training
-        if done < steps:
-            sentences = [Sentence(tuple(self.pool[i]), tuple(self.tags[int(i)])) for i in chosen]
-            reach = self.start.model.cfg.reach
-            rows = tagged_rows(sentences, self.start.vocabulary, data.length, reach, 1000 * self.seed + number)
-            order = _order(len(rows["words"]), steps * data.batch, 1000 * self.seed + number)
-            saved = began = time.perf_counter()
-            with self._progress(steps, f"round {number}", done) as advance:
-                for at in range(done, steps):
-                    here = order[at * data.batch:(at + 1) * data.batch]
-                    state, metrics = self.step(state, {name: array[here] for name, array in rows.items()})
-                    if int(metrics["bad"]) >= BAD_STEPS:
-                        raise UserError(f"{BAD_STEPS} steps in a row had a loss or gradient that is not finite; lower "
-                                        f"optimizer.learning_rate={self.cfg.optimizer.learning_rate}")
-                    advance()
-                    now = time.perf_counter()
-                    so_far = Training(state, number, at + 1, seconds + now - began)
-                    try:
-                        self._check()
-                    except Interrupted:
-                        self._save(so_far)
-                        raise
-                    if now - saved > SAVE_SECONDS:
-                        self._save(so_far)
-                        saved = now
-            training = so_far
-            self._save(training)
-        return training
+    def _batches(self, number: int, steps: int) -> Callable[[int], Batch]:
+        """The batch of each step of a round, rows of all that is labelled."""
+        data, seed = self.cfg.data, 1000 * self.seed + number
+        sentences = [Sentence(tuple(self.pool[i]), tuple(self.tags[int(i)])) for i in self.chosen]
+        rows = tagged_rows(sentences, self.start.vocabulary, data.length, self.start.model.cfg.reach, seed)
+        order = _order(len(rows["words"]), steps * data.batch, seed)
+        return lambda at: {name: array[order[at * data.batch:(at + 1) * data.batch]] for name, array in rows.items()}
 
     def steps_of(self, number: int) -> int:
         """Of a round: passes over so many words as its budgets plan, however many sentences a strategy picks."""
@@ -221,15 +199,14 @@ class ActiveLearner:
         epochs = p.epochs if number else p.first_epochs
         return max(math.ceil(epochs * min(words, self.total) / (data.batch * data.length * full)), p.least_steps)
 
-    def _record(self, number: int, places: np.ndarray, chosen: np.ndarray, selection_seconds: float, training: Training,
-                found: Sequence[Tagged]) -> RoundRecord:
+    def _record(self, training: Training, found: Sequence[Tagged]) -> RoundRecord:
         scores = entity_scores([one.tags for one in self.test], [one.tags for one in found])
-        all_, new = (self._counts(which) for which in (chosen, places))
+        all_, new = (self._counts(which) for which in (self.chosen, self.places))
         return RoundRecord(
-            round=number, words=all_["words"], share=all_["words"] / self.total,
+            round=training.round, words=all_["words"], share=all_["words"] / self.total,
             **{name: all_[name] for name in ("sentences", "entities", "empty")},
-            **{f"picked_{name}": value for name, value in new.items()}, chosen=tuple(int(i) for i in places),
-            steps=self.steps_of(number), selection_seconds=round(selection_seconds, 3),
+            **{f"picked_{name}": value for name, value in new.items()}, chosen=tuple(int(i) for i in self.places),
+            steps=self.steps_of(training.round), selection_seconds=round(self.selection_seconds, 3),
             training_seconds=round(training.seconds, 3),
             **{name: scores[name] for name in ("precision", "recall", "f1")},
             types={name.removesuffix(".f1"): value for name, value in scores.items() if name.endswith(".f1")})
@@ -279,17 +256,33 @@ class ActiveLearner:
         if self.folder:
             self.folder.check_stop()
 
-    def _progress(self, total: int, label: str, done: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
-        if self.folder:
-            return self.folder.progress(total, label, done)
-        return contextlib.nullcontext(lambda n=1, note="": None)
+    def _all_labelled(self) -> bool:
+        return bool(self.records) and self.records[-1].words == self.total
+
+
+def run_together(learners: Sequence[ActiveLearner]) -> None:
+    """Every learner to its last round, round by round, all in lockstep: same sets and scores as alone up to rounding.
+
+    They differ in strategy and seed alone: model, optimizer and batches have one shape.
+    """
+    if len({(one.graphdef, one.cfg.data, one.cfg.optimizer) for one in learners}) > 1:
+        raise UserError("learners that are trained together need one model, data.* and optimizer.*; run them alone")
+    while begun := [(one, this) for one in learners if (this := one.begin())]:
+        rounds, folder = [this for _, this in begun], begun[0][0].folder
+        label = f"round {rounds[0].training.round}" + (f" of {len(rounds)} learners" if len(rounds) > 1 else "")
+        total, done = sum(one.steps for one in rounds), sum(one.training.done for one in rounds)
+        progress = folder.progress(total, label, done) if folder else contextlib.nullcontext(lambda n=1, note="": None)
+        with progress as advance:
+            begun[0][0].steps.train(rounds, advance)
+        for learner, this in begun:
+            learner.end(this.training)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(graphdef: Any, optimizer: OptimizerConfig) -> tuple[Any, Any, Callable]:
-    """(graphdef, optimizer, step) of all learners of one shape: seeds and strategies share one compilation."""
+def _compiled(graphdef: Any, optimizer: OptimizerConfig) -> tuple[Any, Any, Steps]:
+    """(graphdef, optimizer, steps) of all learners of one shape: seeds and strategies share one compilation."""
     made = make_optimizer(optimizer, 1)
-    return graphdef, made, jax.jit(TrainStep(graphdef, Tagging(), made), donate_argnums=0)
+    return graphdef, made, Steps(TrainStep(graphdef, Tagging(), made), optimizer.learning_rate)
 
 
 @jax.jit

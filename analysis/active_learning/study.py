@@ -4,6 +4,7 @@
     full/seedN/       the reference
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from analysis.active_learning import curves
 from analysis.active_learning.config import FULL, StudyConfig
-from analysis.active_learning.learner import ActiveLearner, RoundRecord
+from analysis.active_learning.learner import ActiveLearner, RoundRecord, run_together
 from analysis.active_learning.oracle import FileOracle, GoldOracle, Oracle
 from jaxmodels.cnn_cnn_lstm.tagger import Tagger
 from train import entity_metrics, ner, tag_confidence
@@ -34,19 +35,34 @@ def run(cfg: StudyConfig, folder: RunFolder) -> None:
     folder.write_results({f"data.{name}": value for name, value in source.counts.items()}
                          | {"pool_words": source.words, "pool_sentences": len(pool),
                             "device": jax.devices()[0].device_kind})
-    plan = list(learners(cfg))
-    with folder.progress(sum(one.protocol.rounds + 1 for *_, one in plan), "rounds") as advance:
-        for number in range(cfg.seeds):
-            seed = cfg.seed + number
-            start = ner.starting_tagger(NerRun(data=cfg.data, model=cfg.model, vectors=cfg.vectors, seed=seed), source,
-                                        folder)
-            for name, of, one in plan:
-                if of == number:
-                    with folder.stage(f"{name}/seed{number}", to_dict(one), cfg.operational) as inner:
-                        _learn(one, inner, name, seed, pool, oracle, start, source, advance)
-                    folder.write_results(numbers(cfg, folder.dir))
-                    folder.check_stop()
+    starts: dict[int, Tagger] = {}  # by seed: the tagger before training
+    with folder.progress(sum(one.protocol.rounds + 1 for *_, one in learners(cfg)), "rounds") as advance:
+        for group in groups(cfg):
+            with contextlib.ExitStack() as opened:
+                some = []
+                for name, number, one in group:
+                    inner = opened.enter_context(folder.stage(f"{name}/seed{number}", to_dict(one), cfg.operational))
+                    if number not in starts:
+                        starts[number] = ner.starting_tagger(NerRun(data=cfg.data, model=cfg.model, vectors=cfg.vectors,
+                                                                    seed=cfg.seed + number), source, folder)
+                    some.append(_learner(one, inner, name, cfg.seed + number, pool, oracle, starts[number], source,
+                                         advance))
+                busy = [one for one in some if one]
+                run_together(busy)
+                for learner in busy:
+                    _told(learner, source, advance)
+            folder.write_results(numbers(cfg, folder.dir))
+            folder.check_stop()
     folder.write_results({"finished": True})
+
+
+def groups(cfg: StudyConfig) -> list[list[tuple[str, int, StudyConfig]]]:
+    """Of `learners`, those that are trained together: references by themselves, whose only round is a long one."""
+    plan = list(learners(cfg))
+    if cfg.together == 1:
+        return [[one] for one in plan]
+    kinds = [[one for one in plan if (one[0] == FULL) == full] for full in (True, False)]
+    return [kind[at:at + cfg.together] for kind in kinds for at in range(0, len(kind), cfg.together)]
 
 
 def learners(cfg: StudyConfig) -> Iterator[tuple[str, int, StudyConfig]]:
@@ -60,24 +76,29 @@ def learners(cfg: StudyConfig) -> Iterator[tuple[str, int, StudyConfig]]:
             yield name, number, dataclasses.replace(cfg, **alone | {"strategies": (name,)})
 
 
-def _learn(cfg: StudyConfig, folder: RunFolder, name: str, seed: int, pool: list, oracle: Oracle, start: Tagger,
-           source: TaggedTexts, advance: Any) -> None:
-    test, rounds = source.parts["test"], cfg.protocol.rounds + 1
+def _learner(cfg: StudyConfig, folder: RunFolder, name: str, seed: int, pool: list, oracle: Oracle, start: Tagger,
+             source: TaggedTexts, advance: Any) -> ActiveLearner | None:
+    """One that has something to do."""
     done = folder.metrics()
-    if folder.results().get("finished") and (len(done) >= rounds or done[-1]["words"] == source.words):
-        advance(rounds)
-        return
+    if folder.results().get("finished") and (len(done) > cfg.protocol.rounds or done[-1]["words"] == source.words):
+        advance(cfg.protocol.rounds + 1)
+        return None
     folder.write_results({"finished": False})  # more rounds: what it says of its end is of an earlier one until then
-    learner = ActiveLearner(pool, oracle, start, cfg.strategies[0], cfg, test=test, seed=seed, folder=folder,
-                            told=lambda record: advance(1, f"{name} {record.share:.0%} F1 {record.f1:.3f}"))
-    records = learner.run()
-    advance(max(rounds - len(records), 0))  # of a pool that has ended before
+    return ActiveLearner(pool, oracle, start, cfg.strategies[0], cfg, test=source.parts["test"], seed=seed,
+                         folder=folder,
+                         told=lambda record: advance(1, f"{name} {record.share:.0%} F1 {record.f1:.3f}"))
+
+
+def _told(learner: ActiveLearner, source: TaggedTexts, advance: Any) -> None:
+    """Writes what a learner ended with."""
+    test, folder, records = source.parts["test"], learner.folder, learner.records
+    advance(max(learner.cfg.protocol.rounds + 1 - len(records), 0))  # of a pool that has ended before
     tagger = learner.tagger()
     tagger.save(folder.dir / "model", overwrite=True)
     found = learner.tag_test(tagger)
     ner.write_predictions(folder.path("predictions.jsonl"), test, found, tagger)
     truth = [one.tags for one in test]
-    low, high = entity_metrics.f1_interval(truth, [one.tags for one in found], seed=seed)
+    low, high = entity_metrics.f1_interval(truth, [one.tags for one in found], seed=learner.seed)
     folder.write_results(
         entity_metrics.entity_scores(truth, [one.tags for one in found]) | {"f1_low": low, "f1_high": high}
         | tag_confidence.numbers(truth, found, tagger.calibration) | {"finished": True})
