@@ -9,7 +9,8 @@ import numpy as np
 from analysis.report import style
 from analysis.report.generic import flat, is_number, read_run
 from analysis.report.html import Report
-from train.runtime.run_folder import CONFIG
+from train.runtime.files import read_json
+from train.runtime.run_folder import CONFIG, RESULTS
 
 FIRST = ("validation_bits_per_byte", "test.f1", "validation_loss", "accuracy", "loss")  # what a reader asks for first
 CURVES = ("validation_loss", "loss")
@@ -48,7 +49,10 @@ def read_trials(folder: Path) -> tuple[Trials, list[str]]:
     found: Trials = {}
     unfinished = []
     paths = [path for path in folder.rglob(CONFIG) if path.parent != folder]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime):  # in the order in which they began
+    place = {name: i for i, name in enumerate((read_json(folder / RESULTS) or {}).get("order", []))}
+    # in the sweep's order, else in that in which they began
+    paths.sort(key=lambda path: (place.get(str(path.parent.relative_to(folder)), len(place)), path.stat().st_mtime))
+    for path in paths:
         name = path.parent.relative_to(folder)
         if len(name.parts) > 2:
             continue  # a stage of a trial

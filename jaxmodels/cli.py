@@ -163,9 +163,10 @@ def _open_run(name: str, config: dict, out: str | None, **about):
 
 def _sweep_arguments(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="an experiment of `jaxmodels list`")
-    parser.add_argument("overrides", metavar="grid=... seeds=N together=N key=value", nargs="+",
+    parser.add_argument("overrides", metavar="grid=... seeds=N together=N workers=N key=value", nargs="+",
                         help="a grid that the experiment names, or key=value,value;key=value,value; seeds (default 1); "
-                        "how many seeds are trained together, in one step (default 1); keys for all trials")
+                        "how many seeds are trained together, in one step (default 1); how many processes run trials "
+                        "at once (default 1: this one); keys for all trials")
     parser.add_argument("--out", metavar="DIR", help="sweep folder (default: runs/NAME-sweep-<hash>)")
 
 
@@ -173,7 +174,7 @@ def command_sweep(arguments: argparse.Namespace) -> int:
     """Run an experiment with every variant of a grid and several seeds; writes one report that compares them.
 
     Trials lie in the sweep's folder, each a run of its own. The same command goes on where it stopped; raising seeds
-    adds to what is there.
+    adds to what is there. What the processes of workers=N print is in its logs/.
     """
     from train import sweep
 

@@ -80,6 +80,12 @@ def test_as_one_after_another(alone, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("tfidf-*.npz"))) == 1
 
 
+def test_in_two_processes(alone, tmp_path):
+    swept(tmp_path / "out", alone[1], "workers=2")
+    same(trials(tmp_path / "out"), alone[0])
+    assert [len(list((tmp_path / "out").glob(f"{name}-*"))) for name in ("tfidf", "data")] == [1, 2]
+
+
 def test_interrupted_together_and_continued_one_after_another(alone, tmp_path):
     with pytest.raises(Interrupted):
         swept(tmp_path / "out", alone[1], "together=2", stop_at=8)

@@ -82,6 +82,23 @@ def test_two_trials_share_one_pre_training(swept):
 
 
 @pytest.mark.long
+def test_two_workers_share_one_pre_training(swept, tmp_path):
+    """Both ask for it at once: one waits for the other."""
+    words = [*TINY, f"data.path={swept[0].parent / 'notes.csv'}", "grid=method.name=plain", "seeds=2", "workers=2"]
+    planned = sweep.plan("text2tree", words)
+    with RunFolder.open(planned.name, planned.config, tmp_path / "out") as folder:
+        assert sweep.run(planned, folder, lambda *_: None) is None
+    for seed in (0, 1):
+        one, two = (json.loads((out / f"method.name=plain/seed-{seed}/results.json").read_text())
+                    for out in (swept[0], tmp_path / "out"))
+        for key in ("pretraining.perplexity", "test.model.tuned_macro_f1"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3)
+    assert len(list((tmp_path / "out").glob("stages/pretrain/*"))) == 1
+    logs = "".join(path.read_text() for path in (tmp_path / "out" / "logs").iterdir())
+    assert logs.count("reading texts to pre-train on: 2/2") == 1
+
+
+@pytest.mark.long
 def test_a_run_predicts_with_its_own_files_alone(swept, tmp_path):
     run = shutil.copytree(swept[0] / "method.name=plain" / "seed-1", tmp_path / "run")
     texts = coded_texts(f"path:{swept[0].parent / 'notes.csv'}", columns=Columns(split="split")).parts["test"].texts

@@ -62,7 +62,7 @@ def run(config, folder):
                 time.sleep(config.pause)
                 folder.save_npz(f"units/{unit}", total=sum(range(unit, unit + config.inner.size)))
                 computed += 1
-            if config.note == "kill" and unit == 1 and not folder.resumed:
+            if unit == 1 and (config.note == "kill always" or config.note == "kill" and not folder.resumed):
                 os.kill(os.getpid(), signal.SIGKILL)
             print(f"unit {unit}", flush=True)
             advance()

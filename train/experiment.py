@@ -105,7 +105,9 @@ def prepared(folder: RunFolder, about: Mapping[str, Any], prepare: Callable[[Pat
     """
     data = folder.shared / f"data-{config_hash(about)}"
     if jax.process_index() == 0 and not records.is_prepared(data):
-        prepare(data)
+        with folder.alone(data):
+            if not records.is_prepared(data):
+                prepare(data)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

@@ -111,15 +111,16 @@ def own_vectors(cfg: NerRun, sentences: Sequence[Sequence[str]], folder: RunFold
     about = {"data": [getattr(cfg.data, key) for key in ("name", "illformed", "limit")], "width": cfg.model.d_word,
              "vectors": dataclasses.asdict(cfg.vectors), "seed": cfg.seed}
     path = folder.shared / f"vectors-{config_hash(about)}.npz"
-    kept = load_npz(path)
-    if kept is None:
-        texts = [*sentences, *(words for name in cfg.vectors.texts for words in unlabelled(name, sentences))]
-        total = skipgram.steps_of(skipgram.frequent(texts), cfg.vectors.epochs)
-        with folder.progress(total, "word vectors") as advance:
-            found = skipgram.skipgram(texts, cfg.model.d_word, window=cfg.vectors.window, epochs=cfg.vectors.epochs,
-                                      seed=cfg.seed, advance=advance, check=folder.check_stop)
-        kept = {"words": np.array(list(found)), "vectors": np.stack(list(found.values()))}
-        save_npz(path, kept)
+    with folder.alone(path):
+        kept = load_npz(path)
+        if kept is None:
+            texts = [*sentences, *(words for name in cfg.vectors.texts for words in unlabelled(name, sentences))]
+            total = skipgram.steps_of(skipgram.frequent(texts), cfg.vectors.epochs)
+            with folder.progress(total, "word vectors") as advance:
+                found = skipgram.skipgram(texts, cfg.model.d_word, window=cfg.vectors.window, epochs=cfg.vectors.epochs,
+                                          seed=cfg.seed, advance=advance, check=folder.check_stop)
+            kept = {"words": np.array(list(found)), "vectors": np.stack(list(found.values()))}
+            save_npz(path, kept)
     return dict(zip(kept["words"].tolist(), kept["vectors"], strict=True))
 
 

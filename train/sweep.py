@@ -3,6 +3,7 @@
     jaxmodels sweep lm_moe_pretrain grid=twins seeds=3               # a grid that the experiment names (GRIDS)
     jaxmodels sweep lm_moe_pretrain "grid=model.top_k=1,2;optimizer.name=adamw,muon" preset=tiny
     jaxmodels sweep text2tree_mesh grid=methods seeds=4 together=4       # seeds of a variant, one step for all
+    jaxmodels sweep text2tree_mesh grid=methods seeds=4 workers=4        # four trials at once, in four processes
 
 Every trial has a run folder of its own inside the sweep's, so whatever reads runs reads trials. Seeds are the outer
 loop: what a shared machine does to the clock falls on all variants alike, and an early stop leaves whole comparisons.
@@ -12,7 +13,8 @@ equal names are the same trials, and the report is over all that is there.
 
 together=N trains up to N seeds of a variant in lockstep (`train.runtime.together`), where an experiment's config names
 a function for that: ``together="module:function"``, called as ``function(configs, run folders)``, gives what each trial
-failed with, or None. It pays where one trial does not fill the device.
+failed with, or None. workers=N runs up to N of these groups at once, in processes of their own
+(`train.sweep_workers`). Both are for a device that one trial does not fill, and change nothing of what is computed.
 """
 
 import contextlib
@@ -24,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import Interrupted, UserError
+from train import sweep_workers
+from train.runtime import distributed
 from train.runtime.config import defaults_of, did_you_mean, find, load_function, resolve, split_override, to_dict
-from train.runtime.run_folder import CONFIG, RunFolder
+from train.runtime.run_folder import CONFIG, RunFolder, is_complete
 
 SEED = "seed"  # the key of an experiment's config that seeds change
 TOGETHER = "together"
@@ -53,7 +57,9 @@ class Sweep:
     name: str
     config: dict[str, Any]
     groups: tuple[tuple[Trial, ...], ...]  # of trials that are trained together
-    operational: tuple[str, ...] = ("seeds", "together")
+    asked: tuple[str, ...]  # what `plan` made it of
+    workers: int = 1  # processes that run the groups; 1: this one does
+    operational: tuple[str, ...] = ("seeds", "together", "workers")
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -62,9 +68,10 @@ class Sweep:
 
 def plan(name: str, words: Iterable[str]) -> Sweep:
     """The trials of ``["grid=...", "seeds=3", "key=value", ...]``. Raises UserError before anything runs."""
+    words = tuple(words)
     given = dict(map(split_override, words))
     grid = given.pop("grid", "")
-    count, together = (_at_least_one(key, given.pop(key, "1")) for key in ("seeds", "together"))
+    count, together, workers = (_at_least_one(key, given.pop(key, "1")) for key in ("seeds", "together", "workers"))
     if not grid:
         grids = find(name).grids
         raise UserError(f"nothing to vary: give grid=NAME ({', '.join(grids) or name + ' names none'}) or "
@@ -79,6 +86,9 @@ def plan(name: str, words: Iterable[str]) -> Sweep:
     if together > 1 and not hasattr(probe, TOGETHER):
         raise UserError(f"together={together}: {name} trains its trials one by one only (its config names no "
                         f"{TOGETHER!r}); leave it out")
+    if workers > 1 and distributed.plan() is not None:
+        raise UserError(f"workers={workers} are processes of one machine, and this is one of several that compute "
+                        "together (docs/launch.md); leave it out")
     groups = []
     some = [seeds[start:start + together] for start in range(0, len(seeds), together)]
     for few, (variant, changes) in itertools.product(some, variants.items()):
@@ -86,9 +96,10 @@ def plan(name: str, words: Iterable[str]) -> Sweep:
         groups.append(tuple(Trial(variant, seed, resolve(name, {**given, **changes, **one}))
                             for seed, one in zip(few, seeded, strict=True)))
     config = {"experiment": find(name).name, "grid": grid, "overrides": given, "seeds": count, "together": together,
-              "report": getattr(probe, "sweep_report", REPORT)}
+              "workers": workers, "report": getattr(probe, "sweep_report", REPORT)}
     shared = ("grid",) if getattr(probe, "share_grids", False) else ()
-    return Sweep(f"{find(name).name}-sweep", config, tuple(groups), (*Sweep.operational, *shared))
+    return Sweep(f"{find(name).name}-sweep", config, tuple(groups), (name, *words), workers,
+                 (*Sweep.operational, *shared))
 
 
 def _at_least_one(key: str, text: str) -> int:
@@ -109,23 +120,47 @@ def run(sweep: Sweep, folder: RunFolder, build_report: Callable[[Path, str], Any
         print(f"{trial.folder} failed: {error}", file=sys.stderr)
 
     grids = [grid for grid in folder.results().get("grids", []) if grid != sweep.config["grid"]]
-    known = {str(path.parent.relative_to(folder.dir)) for place in ("*", "*/seed-*")
-             for path in folder.dir.glob(f"{place}/{CONFIG}")} | {trial.folder for trial in sweep.trials}
-    folder.write_results({"grids": [*grids, sweep.config["grid"]], "trials": len(known)})
+    order = _order(sweep, folder)
+    folder.write_results({"grids": [*grids, sweep.config["grid"]], "trials": len(order), "order": order})
+    others: dict[int, tuple[Trial, ...]] = {}  # for workers; that a trial is complete is seen without
     with folder.progress(len(sweep.trials), "trials") as advance:
-        for group in sweep.groups:
-            _run_group(group, folder, build_report, failed)
+        for number, group in enumerate(sweep.groups):
+            if sweep.workers > 1 and not all(is_complete(folder.dir / trial.folder) for trial in group):
+                others[number] = group
+                continue
+            run_group(group, folder, build_report, failed)
             advance(len(group), group[-1].folder)
+
+        def ended(number: int, errors: sweep_workers.Failures) -> None:
+            for trial in others[number]:
+                if trial.folder in errors:
+                    failed(trial, errors[trial.folder])
+            advance(len(others[number]), others[number][-1].folder)
+
+        if others:
+            names = {number: [trial.folder for trial in group] for number, group in others.items()}
+            sweep_workers.run_groups(names, sweep.workers, sweep.asked, folder, ended)
+            folder.check_stop()
     folder.write_results({"failed_trials": len(failures)})
     if not failures:
         return None
     trial, error = failures[0]
     told = f"{len(failures)} of {len(sweep.trials)} trials failed, {trial.folder} first: {error}"
-    return type(error)(told) if isinstance(error, UserError) else RuntimeError(told)
+    return sweep_workers.failure(told, sweep_workers.exit_code_of(error))
 
 
-def _run_group(trials: Sequence[Trial], folder: RunFolder, build_report: Callable[[Path, str], Any],
-               failed: Callable[[Trial, Exception], None]) -> None:
+def _order(sweep: Sweep, folder: RunFolder) -> list[str]:
+    """Folders of all trials, as one process would begin them after another: workers may begin the second before the
+    first, and a report compares with the first."""
+    there = sorted((path for place in ("*", "*/seed-*") for path in folder.dir.glob(f"{place}/{CONFIG}")),
+                   key=lambda path: path.stat().st_mtime)
+    known = [*(str(path.parent.relative_to(folder.dir)) for path in there), *(trial.folder for trial in sweep.trials)]
+    before = {name: place for place, name in enumerate(folder.results().get("order", []))}
+    return sorted(dict.fromkeys(known), key=lambda name: before.get(name, len(before)))
+
+
+def run_group(trials: Sequence[Trial], folder: RunFolder, build_report: Callable[[Path, str], Any],
+              failed: Callable[[Trial, Exception], None]) -> None:
     """Runs those that are not complete. Raises Interrupted when all their folders are closed."""
     opened = []  # trial, its folder, and what closes it
     for trial in trials:

@@ -412,13 +412,14 @@ def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path
 def floor_scores(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts) -> dict[str, np.ndarray]:
     """`text_floors.tfidf`, computed once for all trials of a sweep."""
     path = folder.shared / f"tfidf-{config_hash(dataclasses.asdict(cfg.data))}.npz"
-    found = load_npz(path)
-    if found is None:
-        found = text_floors.tfidf(source)
-        if not source.multi_label:
-            found = {split: scores.argmax(1) for split, scores in found.items()}  # one class a text: a number is enough
-        if jax.process_index() == 0:
-            save_npz(path, found)
+    with folder.alone(path):
+        found = load_npz(path)
+        if found is None:
+            found = text_floors.tfidf(source)
+            if not source.multi_label:  # one class a text: a number is enough
+                found = {split: scores.argmax(1) for split, scores in found.items()}
+            if jax.process_index() == 0:
+                save_npz(path, found)
     if source.multi_label:
         return found
     return {split: text_metrics.one_hot(classes, source.tree.num_classes).astype(np.float32)

@@ -78,9 +78,10 @@ def pretrain(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, mesh: Mes
     texts, held_out = corpus(cfg, source), source.parts["dev"].texts
     about = {"encoder": dataclasses.asdict(fresh), "words": cfg.encoder.words, "texts": _digest(texts, held_out)}
     path = folder.shared / "stages" / "pretrain" / config_hash(about)  # so deep that no sweep takes it for a trial
-    if not (read_json(path / RESULTS) or {}).get("finished"):
-        with type(folder)(path, about, "text_pretrain") as stage:
-            _pretrain(cfg, stage, texts, held_out, mesh)
+    with folder.alone(path):
+        if not (read_json(path / RESULTS) or {}).get("finished"):
+            with type(folder)(path, about, "text_pretrain") as stage:
+                _pretrain(cfg, stage, texts, held_out, mesh)
     results = read_json(path / RESULTS) or {}
     folder.write_results({f"pretraining.{name}": results[name] for name in TOLD})
     return path / "model"

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -33,7 +33,9 @@ from train.runtime.progress import Advance, progress
 from train.runtime.signals import stop
 
 LOCK, CONFIG, METRICS, RESULTS = ".lock", "config.json", "metrics.jsonl", "results.json"
-HOUSE_FILES = {LOCK, CONFIG, RESULTS}  # all that a run that never started leaves behind
+ALONE = ".alone.lock"  # ends the names of the locks of what runs share
+HOUSE_FILES = {LOCK, CONFIG, RESULTS}  # with those locks, all that a run that never started leaves behind
+POLL = 0.2  # seconds between two looks at a lock that another process holds
 
 
 class RunFolder:
@@ -144,6 +146,18 @@ class RunFolder:
         self._stages.append(stage)
         return stage
 
+    @contextlib.contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Keeps other processes from making `path`, in `shared`, until the block ends; waits for one that does.
+
+        What is there has to be looked at inside. Raises Interrupted if this process is asked to stop while it waits.
+        """
+        with open(self.shared / f".{path.name}{ALONE}", "wb") as lock:
+            while not _is_ours(lock.fileno()):
+                self.check_stop()
+                time.sleep(POLL)
+            yield
+
     # Time
 
     def progress(self, total: int, label: str, done: int = 0) -> AbstractContextManager[Advance]:
@@ -171,7 +185,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, UserError) and not self.resumed and self._is_untouched():
+            if isinstance(error, UserError) and not self.resumed and not self._strangers():
                 shutil.rmtree(self.dir)  # bad input leaves nothing half-written
                 return
             end = {"status": "complete"}
@@ -201,8 +215,7 @@ class RunFolder:
         """Whether an earlier run of the same config was here; writes config.json if none was."""
         before = files.read_json(self.dir / CONFIG)
         if before is None:
-            strangers = sorted({path.name for path in self.dir.iterdir()} - HOUSE_FILES)
-            strangers = [name for name in strangers if not name.startswith(f".{CONFIG}.")]  # killed while claiming
+            strangers = [name for name in self._strangers() if not name.startswith(f".{CONFIG}.")]  # killed claiming
             if strangers:
                 raise UserError(f"{self.dir} is not a run folder: it holds {strangers[0]!r}; choose a new folder")
             self._describe()
@@ -247,8 +260,10 @@ class RunFolder:
                 self._events.close()
         self._metrics = self._events = None
 
-    def _is_untouched(self) -> bool:
-        return {path.name for path in self.dir.iterdir()} <= HOUSE_FILES
+    def _strangers(self) -> list[str]:
+        """Names of what is no file of the house."""
+        names = sorted(path.name for path in self.dir.iterdir())
+        return [name for name in names if name not in HOUSE_FILES and not name.endswith(ALONE)]
 
 
 class Follower(RunFolder):
@@ -274,6 +289,9 @@ class Follower(RunFolder):
     def save_npz(self, name: str, **arrays: Any) -> Path:
         return self.dir / f"{name}.npz"
 
+    def alone(self, path: Path) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()  # the first process may hold the lock while it waits for this one
+
     def progress(self, total: int, label: str, done: int = 0) -> AbstractContextManager[Advance]:
         return contextlib.nullcontext(lambda n=1, note="": None)
 
@@ -281,6 +299,24 @@ class Follower(RunFolder):
         return self
 
     def __exit__(self, *error: object) -> None: ...
+
+
+class Lent(Follower):
+    """The folder of a sweep in a process that only runs its trials: another one holds and writes it."""
+
+    def stage(self, name: str, config: Mapping[str, Any] | None = None, operational: Sequence[str] = (),
+              defaults: Mapping[str, Any] = MappingProxyType({})) -> RunFolder:
+        config = self.config if config is None else config
+        stage = RunFolder(self.dir / name, config, f"{self.name}/{name}", operational, defaults)
+        stage.shared = self.shared
+        return stage
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether a folder holds a run that came to its end; not if nobody can tell."""
+    with contextlib.suppress(UserError):
+        return (files.read_json(Path(directory) / RESULTS) or {}).get("status") == "complete"
+    return False
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
@@ -339,17 +375,22 @@ def _lock(directory: Path) -> int:
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"cannot write run folder {directory}: {error.strerror}; choose a writable --out") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not _is_ours(descriptor):
         owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise UserError(
-            f"{directory} is in use by process {owner}; wait for it, stop it or choose another --out"
-        ) from error
+        raise UserError(f"{directory} is in use by process {owner}; wait for it, stop it or choose another --out")
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Takes the lock of an open file, unless another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
