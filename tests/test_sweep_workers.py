@@ -72,9 +72,9 @@ def test_the_same_numbers_and_a_trial_that_fails(tmp_path, capsys):
         assert (tmp_path / "two" / trial / "report.html").exists() == (one["status"] == "complete")
 
 
-def test_interrupted_and_continued_with_other_workers(tmp_path):
+def test_interrupted_and_continued_with_other_workers(tmp_path, monkeypatch):
     out = tmp_path / "s"
-    words = ["grid=sizes", "pause=0.3", "units=6", "--out", out]
+    words = ["grid=sizes", "pause=0.5", "units=40", "--out", out]  # long enough for a second worker that begins late
     trials = [out / "small" / "seed-0", out / "large" / "seed-0"]
     process = started(*words, "workers=2")
     wait_for(lambda: all((trial / "units" / "1.npz").exists() for trial in trials), process)
@@ -86,9 +86,10 @@ def test_interrupted_and_continued_with_other_workers(tmp_path):
     assert "ended with" not in process.communicate()[1]
     assert all(map(is_gone, workers))
     assert [results(folder)["status"] for folder in (out, *trials)] == ["interrupted"] * 3
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert cli.main(["sweep", TINY, *map(str, words)]) == 0
-    assert all(0 < results(trial)["computed"] < 6 for trial in trials)
-    assert [results(trial)["total"] for trial in trials] == [36, 135]
+    assert all(0 < results(trial)["computed"] < 40 for trial in trials)
+    assert [results(trial)["total"] for trial in trials] == [40 ** 2, 5 * 780 + 10 * 40]
 
 
 def test_a_worker_that_dies(tmp_path, capsys):
