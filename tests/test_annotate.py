@@ -79,6 +79,18 @@ def test_label_studio_in_other_words(tmp_path):
     assert counts == {"utf16": 2, "other_regions": 1, "not_labelled": 1}
 
 
+def test_relations_between_regions_and_second_labels(tmp_path):
+    """A relation has no place, though it may have labels; of two labels of a region the second is counted."""
+    regions = [{"type": "labels", "value": {"start": 2, "end": 6, "text": "Anna", "labels": ["PER", "ORG"]}},
+               {"type": "relation", "from_id": "a", "to_id": "b", "labels": ["sees"]}, {"value": None}]
+    tasks = [{"data": {"text": ITEM.text}, "annotations": [{"result": regions}]},
+             {"data": {"text": "none"}, "annotations": [{"result": None}]}]
+    (tmp_path / "export").write_text(json.dumps(tasks))
+    counts = Counter()
+    assert [one.spans for one in read_items(tmp_path / "export", counts)] == [(Span(2, 6, "PER"),), ()]
+    assert counts == {"other_regions": 2, "further_labels": 1}
+
+
 def test_the_pool_is_exact_in_unicode(run):
     counts = Counter()
     pool = annotate.read_pool(run / "pool.txt", Tagger.load(run / "model"), counts)
@@ -129,6 +141,15 @@ def test_strategies_choose_in_their_order(run):
     ('[{"data": {"text": "Bob sleeps."}, "annotations": [{"result": [{"value": {"start": 0, "end": 3, "text": "Rob", '
      '"labels": ["PER"]}}]}]}]', "do not belong together"),
     ('[{"data": {"image": "x"}}]', "task 1 has no text"),
+    ('[{"data": 5}]', "task 1 has no text"),
+    ('[{"data": {"text": "Bob sleeps."}, "annotations": [7]}]', "task 1: annotations without regions"),
+    ('[{"data": {"text": "Bob sleeps."}, "annotations": {"result": []}}]', "annotations are .*, not a list"),
+    ('[{"data": {"text": "Bob sleeps."}, "annotations": [{"result": [{"value": {"start": 0, "end": 3, "labels": "PER"'
+     '}}]}]}]', "region 1: labels are 'PER', not a list"),
+    # Two words would be written as a tag that no reader takes.
+    ('[{"data": {"text": "Bob sleeps."}, "annotations": [{"result": [{"value": {"start": 0, "end": 3, "labels": '
+     '["A person"]}}]}]}]', "region 1: type 'A person' is empty or has spaces"),
+    ("[" * 100_000, "is not JSON"),
     ("[{", "is not JSON"),
 ])
 def test_exports_that_do_not_fit(text, told, run, tmp_path):
@@ -141,6 +162,7 @@ def test_exports_that_do_not_fit(text, told, run, tmp_path):
 def test_bad_input(run, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"words": 3}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a b"}\n{"text": "Bob \\ud83d sleeps."}\n')
     batch = ("--budget", 9, "--out", tmp_path / "x")
     write_items(tmp_path / "all", annotate.choose(Tagger.load(run / "model"), annotate.read_pool(
         run / "pool.txt", Tagger.load(run / "model"), Counter()), 1000, strategy="random"), "jsonl")
@@ -151,6 +173,7 @@ def test_bad_input(run, tmp_path, capsys):
             ((*batch, "--labelled", tmp_path / "all"), "no unlabelled sentence is left"),
             ((*batch, "--pool", tmp_path / "empty.txt"), "no sentence"),
             ((*batch, "--pool", tmp_path / "bad.jsonl"), "bad.jsonl:2: no text"),
+            ((*batch, "--pool", tmp_path / "half.jsonl"), "half.jsonl:2: character 4 of the text is half a character"),
             ((*batch, "--pool", tmp_path / "lost.txt"), "cannot be read")):
         assert command(run, *options) == 2
         assert told in capsys.readouterr().err

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from jaxmodels.cnn_cnn_lstm.schemes import tags_of
 from jaxmodels.errors import UserError
 from train.data.conll import read_text
-from train.data.spans import LISTS, Span, entities_of, parse_line
+from train.data.spans import LISTS, Span, entities_of, parse_line, word_type
 from train.runtime.config import did_you_mean
 from train.runtime.files import write_atomic
 
@@ -91,7 +91,7 @@ def _task(item: Item) -> dict[str, Any]:
 
 def read_items(path: str | Path, counts: Counter[str] | None = None) -> list[Item]:
     """The labelled texts of an export. counts: gets what was left out (``not_labelled``: tasks without annotation,
-    or skipped) and ``utf16`` for regions whose places were in that.
+    or skipped; ``other_regions``; ``further_labels`` of a region) and ``utf16`` for regions whose places were in that.
 
     Raises UserError with file and place for what does not fit.
     """
@@ -100,7 +100,7 @@ def read_items(path: str | Path, counts: Counter[str] | None = None) -> list[Ite
     if text.lstrip()[:1] == "[":
         try:
             tasks = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON ({error}); export it again") from None
         found = [_from_task(task, f"{path}: task {i + 1}", counts) for i, task in enumerate(tasks)]
         return [item for item in found if item is not None]
@@ -149,29 +149,43 @@ def _from_line(line: str, where: str) -> Item:
 
 def _from_task(task: Any, where: str, counts: Counter[str]) -> Item | None:
     """Of Label Studio's JSON, or of its JSON_MIN, where the task's data and the regions stand side by side."""
-    data = task.get("data", task) if isinstance(task, Mapping) else {}
-    text = data.get(TEXT)
+    data = task.get("data", task) if isinstance(task, Mapping) else None
+    text = data.get(TEXT) if isinstance(data, Mapping) else None
     if not isinstance(text, str):
         raise UserError(f"{where} has no text; export a project whose tasks have $text")
     if "data" in task:
-        done = [one for one in task.get("annotations") or () if not one.get("was_cancelled")]
+        made = _list(task.get("annotations"), f"{where}: annotations")
+        if not all(isinstance(one, Mapping) for one in made):  # some of its interfaces give their ids alone
+            raise UserError(f"{where}: annotations without regions; export as JSON")
+        done = [one for one in made if not one.get("was_cancelled")]
         if not done:
             counts["not_labelled"] += 1
             return None
-        regions = done[-1].get("result", [])  # of several annotators the last; agreement is theirs to settle
+        regions = done[-1].get("result")  # of several annotators the last; agreement is theirs to settle
     else:
-        regions = task.get(NAME) or []
-    spans = tuple(span for i, region in enumerate(regions)
+        regions = task.get(NAME)
+    spans = tuple(span for i, region in enumerate(_list(regions, f"{where}: regions"))
                   if (span := _region(region, text, f"{where}, region {i + 1}", counts)) is not None)
     return Item(str(data.get("sentence") or ""), text, spans, where=where)
 
 
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise UserError(f"{where} are {str(value)[:60]!r}, not a list; export as JSON")
+    return value or []
+
+
 def _region(region: Mapping[str, Any], text: str, where: str, counts: Counter[str]) -> Span | None:
-    value = region.get("value", region) if isinstance(region, Mapping) else {}
-    labels = value.get("labels")
-    if not labels:  # a choice or a comment beside the entities
+    value = region.get("value", region) if isinstance(region, Mapping) else None
+    labels = value.get("labels") if isinstance(value, Mapping) else None
+    # A choice or a comment beside the entities; a relation between two of them may have labels, but has no place.
+    if not labels or region.get("type") == "relation":
         counts["other_regions"] += 1
         return None
+    if not isinstance(labels, list) or not isinstance(labels[0], str):
+        raise UserError(f"{where}: labels are {str(labels)[:60]!r}, not a list of names; export as JSON")
+    if len(labels) > 1:  # an entity has one type
+        counts["further_labels"] += len(labels) - 1
     try:
         start, stop = int(value["start"]), int(value["end"])
     except (KeyError, TypeError, ValueError):
@@ -186,4 +200,4 @@ def _region(region: Mapping[str, Any], text: str, where: str, counts: Counter[st
         counts["utf16"] += 1
         start = len(before.decode("utf-16-le", "replace"))
         stop = start + len(told)
-    return Span(start, stop, str(labels[0]))
+    return Span(start, stop, word_type(labels[0], where))

@@ -112,10 +112,14 @@ def parse_text(line: str, where: str) -> tuple[Mapping[str, Any], str]:
     """(the whole object, its text) of a line of JSON."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); write an object with text a line") from None
     if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
         raise UserError(f"{where}: no text; write an object with text a line")
+    # JSON can write half of a pair of UTF-16, which no file in UTF-8 can: it would fail only when a batch is written.
+    if half := re.search("[\ud800-\udfff]", row["text"]):
+        raise UserError(f"{where}: character {half.start()} of the text is half a character ({half[0]!r}); write its "
+                        "text again, whole")
     return row, row["text"]
 
 
@@ -137,7 +141,7 @@ def _span(value: Any, where: str) -> Span:
     if len(parts) != 3 or not all(isinstance(n, int) for n in parts[:2]) or not isinstance(parts[2], str):
         raise UserError(f"{where} is {str(value)[:60]!r}; write [start, end, type], or an object with start, end and "
                         "label")
-    return Span(parts[0], parts[1], _type(parts[2], where))
+    return Span(parts[0], parts[1], word_type(parts[2], where))
 
 
 def _brat(line: str, text: str, where: str, counts: Counter[str]) -> Span | None:
@@ -154,10 +158,11 @@ def _brat(line: str, text: str, where: str, counts: Counter[str]) -> Span | None
     if re.sub(r"\s", " ", text[start:stop]) != re.sub(r"\s", " ", cells[2]):
         raise UserError(f"{where}: characters {start}..{stop} of the text are {text[start:stop]!r}, the line says "
                         f"{cells[2]!r}; text and annotations do not belong together")
-    return Span(start, stop, _type(kind, where))
+    return Span(start, stop, word_type(kind, where))
 
 
-def _type(kind: str, where: str) -> str:
+def word_type(kind: str, where: str) -> str:
+    """A type as tags can hold it. Raises UserError for another."""
     if not kind or re.search(r"\s", kind):
         raise UserError(f"{where}: type {kind!r} is empty or has spaces; write one word")
     return kind
