@@ -280,6 +280,20 @@ def test_people_are_asked(finished, tmp_path):
         oracle.labels([2, 7])
 
 
+def test_a_batch_that_was_labelled_in_place_is_not_written_over(tmp_path):
+    oracle, path = FileOracle(tmp_path, [("Bob", "sleeps"), ("Ann", "runs")]), tmp_path / "batch.jsonl"
+    with pytest.raises(UserError, match="2 of 2 sentences"):
+        oracle.labels([0, 1])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["entities"] = [[0, 3, "PER"]]
+    path.write_text(text := "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="batch.jsonl has labels, and would be written over"):
+        oracle.labels([0, 1])
+    assert path.read_text() == text
+    path.rename(tmp_path / "done.jsonl")
+    assert oracle.labels([0, 1]) == [["B-PER", "O"], ["O", "O"]]
+
+
 def test_curves():
     curve = np.array([0.02, 0.06, 0.10]), np.array([0.30, 0.50, 0.70])
     assert curves.share_to(curve, 0.6) == pytest.approx(0.08) and curves.share_to(curve, 0.71) is None

@@ -50,12 +50,22 @@ class FileOracle:
         asked = {int(i): identity(" ".join(self.pool[i])) for i in places}
         missing = [i for i, name in asked.items() if name not in known]
         if missing:
+            self._keep_labels()
             texts = [" ".join(self.pool[i]) for i in missing]
             write_items(self.folder / BATCH, [Item(identity(text), text, ()) for text in texts], "jsonl")
             raise UserError(f"{len(missing)} of {len(asked)} sentences are not labelled yet; label "
                             f"{self.folder / BATCH}, put the export (.json, .jsonl) beside it and give the same "
                             "command again")
         return [item_tags(known[asked[int(i)]], spaced(self.pool[i]), Counter()) for i in places]
+
+
+    def _keep_labels(self) -> None:
+        """Refuses to write over a batch that somebody has labelled in place: it is not read, and its labels were lost.
+        """
+        path = self.folder / BATCH
+        if path.exists() and any(item.spans for item in read_items(path)):
+            raise UserError(f"{path} has labels, and would be written over; give it another name in that folder, so "
+                            "that they count, and give the same command again")
 
 
 def spaced(words: Sequence[str]) -> list[tuple[int, int]]:
