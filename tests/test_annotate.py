@@ -122,6 +122,23 @@ def test_the_loop(kind, run, tmp_path, capsys):
         assert sum(tag[0] == "B" for tag in one.tags) == len(item.spans)
 
 
+def test_nothing_labelled_does_not_replace_training_data(run, tmp_path, capsys):
+    """A batch that is given back as it was, before anybody has labelled it."""
+    batch, train = tmp_path / "batch.json", tmp_path / "train.conll"
+    assert command(run, "--budget", 9, "--out", batch, "--format", "label_studio") == 0
+    train.write_text("Anna\tB-PER\n")
+    assert command(run, "--labelled", batch, "--train", train) == 2
+    assert "no text is labelled" in capsys.readouterr().err and train.read_text() == "Anna\tB-PER\n"
+
+
+def test_of_a_text_that_is_labelled_again_the_last_counts(run, tmp_path):
+    (tmp_path / "a").write_text('{"text": "Bob sleeps.", "label": [[0, 3, "PER"]]}\n')
+    (tmp_path / "b").write_text('{"text": "Bob sleeps.", "label": []}\n')
+    pool, counts = annotate.read_pool(run / "pool.txt", Tagger.load(run / "model"), Counter()), Counter()
+    found = annotate.labelled([str(tmp_path / "a"), str(tmp_path / "b")], pool, counts)
+    assert [one.spans for one in found.values()] == [()] and +counts == Counter(labelled_again=1)
+
+
 def test_strategies_choose_in_their_order(run):
     tagger = Tagger.load(run / "model")
     pool = annotate.read_pool(run / "pool.txt", tagger, Counter())

@@ -53,6 +53,9 @@ def command(arguments: argparse.Namespace) -> None:
     pool = read_pool(arguments.pool, tagger, counts)
     done = labelled(arguments.labelled or (), pool, counts)
     if arguments.train is not None:
+        if not done:  # an earlier file of that name is worth more than an empty one
+            raise UserError(f"{', '.join(arguments.labelled)}: no text is labelled ({counts['not_labelled']} are not "
+                            f"yet); nothing is written to {arguments.train}")
         write_conll(arguments.train, training_data(done, pool, counts))
         print(arguments.train)
     if arguments.out is not None:
@@ -98,9 +101,12 @@ def read_pool(path: str | Path, tagger: Tagger, counts: Counter[str]) -> dict[st
 
 
 def labelled(paths: Sequence[str], pool: Mapping[str, Unlabelled], counts: Counter[str]) -> dict[str, Item]:
-    """What exports hold, by id. Raises UserError with the ids of what is not of the pool."""
+    """What exports hold, by id; of a text that comes again, which is counted, the last. Raises UserError with the ids
+    of what is not of the pool."""
     items = [item for path in paths for item in read_items(path, counts)]
-    return matched(items, {name: one.text for name, one in pool.items()})
+    found = matched(items, {name: one.text for name, one in pool.items()})
+    counts["labelled_again"] += len(items) - len(found)
+    return found
 
 
 def training_data(done: Mapping[str, Item], pool: Mapping[str, Unlabelled], counts: Counter[str]) -> list[Sentence]:
