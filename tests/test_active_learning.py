@@ -345,6 +345,20 @@ def test_verdicts():
         YES, NO, OPEN, OPEN, OPEN, OPEN]
 
 
+def test_an_unfinished_study_claims_nothing_by_rounds_that_are_missing():
+    """Random choice is ahead: MNLP has not come as far yet, and may reach its goal sooner; nor has it picked more."""
+    records = two_strategies((0.02, 0.22, 0.4), random=(0.3, 0.4, 0.7))
+    records["mnlp"] = {seed: rounds[:2] for seed, rounds in records["mnlp"].items()}
+    verdicts = {row["name"]: row for row in report.statements(records, 0.7)}
+    assert verdicts["words.mnlp"]["verdict"] == OPEN and "more than 22.0 % against" in verdicts["words.mnlp"]["why"]
+    records = {"random": records["random"], "mnlp": {seed: rounds[:1] for seed, rounds in records["mnlp"].items()}}
+    records |= {"lc": records["random"], "bald": records["random"], "bald_decoder": {
+        seed: rounds[:2] for seed, rounds in records["random"].items()}}
+    verdicts = {row["name"]: row["verdict"] for row in report.statements(records, 0.7)}
+    assert verdicts["density"] == verdicts["length"] == OPEN
+    assert verdicts["decoder"] == YES  # after the last round of both they are alike
+
+
 def test_the_report(finished):
     cfg, out, results, _, _ = finished
     about = json.loads((out / "config.json").read_text())

@@ -7,8 +7,6 @@ not decidable by this run.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from analysis.active_learning import curves
 from analysis.active_learning.learner import RoundRecord
 
@@ -39,18 +37,21 @@ def statements(records: Records, reference: float | None) -> list[dict[str, str]
             state(f"words.{name}", f"{label} reaches 95 % of the F1 on all labels with fewer words than random choice.",
                   judged_words(records, by, name, reference))
     if {"lc", "mnlp"} <= set(records):
-        gaps = [_length(records["lc"][s]) - _length(records["mnlp"][s]) for s in _shared(records, "lc", "mnlp")]
+        gaps = [_minus(*(_ratio(records[name][s], "words", "sentences") for name in ("lc", "mnlp")))
+                for s in _shared(records, "lc", "mnlp")]
         state("length", "LC picks longer sentences than MNLP.", judged(gaps, f"words more: {_told(gaps, '+.1f')}"))
     if {"random", "mnlp"} <= set(records):
-        gaps = [_density(records["mnlp"][s]) - _density(records["random"][s])
+        gaps = [_minus(*(_ratio(records[name][s], "entities", "words", 100) for name in ("mnlp", "random")))
                 for s in _shared(records, "random", "mnlp")]
         state("density", "MNLP picks sentences with more entities a word than random choice.",
               judged(gaps, f"entities more in 100 words: {_told(gaps, '+.2f')}"))
     if {"bald", "bald_decoder"} <= set(records):
-        gaps = [0.01 - abs(by["bald", s]["f1"] - by["bald_decoder", s]["f1"])
-                for s in _shared(records, "bald", "bald_decoder")]
+        # After the last round that both have: an unfinished study is one or more ahead.
+        pairs = [list(zip(records["bald"][s], records["bald_decoder"][s], strict=False))[-1]
+                 for s in _shared(records, "bald", "bald_decoder")]
+        gaps = [abs(one.f1 - other.f1) for one, other in pairs]
         state("decoder", "BALD with dropout in the decoder alone ends within 1 point of BALD.",
-              judged(gaps, "difference of F1: " + _told([0.01 - gap for gap in gaps], ".3f")))
+              judged([0.01 - gap for gap in gaps], "difference of F1: " + _told(gaps, ".3f")))
     reached = {name: [by[name, s].get("to_99") for s in seeds] for name, seeds in records.items() if name != "random"}
     told = "; ".join(f"{name} {', '.join(map(_percent, values))}" for name, values in reached.items())
     if reference and reached:
@@ -62,17 +63,21 @@ def statements(records: Records, reference: float | None) -> list[dict[str, str]
 
 def judged_words(records: Records, by: Mapping[Any, Mapping[str, Any]], name: str, reference: float | None
                  ) -> tuple[str, str]:
-    """By the words to 95 %; where random never gets there, by where its curve ends."""
+    """By the words to 95 %; where one of the two never gets there, by where its curve ends."""
     if not reference or "random" not in records:
         return OPEN, "the reference on all labels, or random choice, was not run"
     gaps: list[float | None] = []
     told = []
     for seed in _shared(records, "random", name):
         mine, other = by[name, seed].get("to_95"), by["random", seed].get("to_95")
-        end = by["random", seed]["share"]
-        told.append(f"{_percent(mine)} against " + (f"more than {_percent(end)}" if other is None else _percent(other)))
-        gaps.append(None if mine is None and other is None else 1.0 if other is None and mine <= end else
-                    -1.0 if mine is None else other - mine if other is not None else None)
+        my_end, end = by[name, seed]["share"], by["random", seed]["share"]
+        told.append(f"{_within(mine, my_end)} against {_within(other, end)}")
+        if mine is not None and other is not None:
+            gaps.append(other - mine)
+        elif mine is not None:
+            gaps.append(1.0 if mine <= end else None)
+        else:
+            gaps.append(-1.0 if other is not None and other <= my_end else None)
     return judged(gaps, "share of the words: " + "; ".join(told))
 
 
@@ -91,17 +96,23 @@ def _shared(records: Records, a: str, b: str) -> list[int]:
     return sorted(set(records[a]) & set(records[b]))
 
 
-def _length(rounds: Sequence[RoundRecord]) -> float:
-    return sum(one.picked_words for one in rounds[1:]) / max(sum(one.picked_sentences for one in rounds[1:]), 1)
+def _ratio(rounds: Sequence[RoundRecord], what: str, of: str, scale: float = 1.0) -> float | None:
+    """Of what a strategy has picked after the first set, which was drawn; None where it has picked nothing yet."""
+    total, base = (sum(getattr(one, f"picked_{name}") for one in rounds[1:]) for name in (what, of))
+    return scale * total / base if base else None
 
 
-def _density(rounds: Sequence[RoundRecord]) -> float:
-    return 100 * float(np.sum([one.picked_entities for one in rounds[1:]])) / max(
-        sum(one.picked_words for one in rounds[1:]), 1)
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
 
 
 def _told(values: Sequence[float | None], form: str) -> str:
     return ", ".join("not reached" if value is None else format(value, form) for value in values)
+
+
+def _within(value: float | None, end: float) -> str:
+    """Of a curve that ends at `end`."""
+    return f"more than {_percent(end)}" if value is None else _percent(value)
 
 
 def _percent(value: float | None) -> str:
