@@ -6,6 +6,8 @@ One study is run for all tests, and every learner has its shapes, so that each p
 import dataclasses
 import json
 import re
+import tracemalloc
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from analysis.active_learning.config import STRATEGIES, ProtocolConfig, StudyCon
 from analysis.active_learning.learner import ActiveLearner, RoundRecord, run_together
 from analysis.active_learning.lockstep import Steps
 from analysis.active_learning.oracle import FileOracle, GoldOracle
+from jaxmodels.cnn_cnn_lstm.tagger import Tagged
 from jaxmodels.errors import Interrupted, UserError
 from train import ner
 from train.data.conll import Sentence, write_conll
@@ -243,6 +246,22 @@ def test_every_strategy_keeps_its_budget_and_repeats_itself(finished):
                 for _ in range(2))
         assert a.tolist() == b.tolist() and len(set(a)) == len(a) and a.min() >= 20
         assert 24 < sum(len(pool[i]) for i in a) <= 30
+
+
+@pytest.mark.parametrize("name", strategies.PER_SENTENCE)
+def test_a_sentence_of_5000_words_does_not_make_the_others_as_long(name):
+    """The arrays of 4,000 short sentences padded to it are 80 MB of float32, and twice that of float64."""
+    lengths = np.array([3] * 4000 + [5000])
+    tagged = [Tagged([], np.full(n, -0.5, np.float32), np.full(n, 0.25, np.float32), 0.0) for n in lengths]
+    tracemalloc.start()
+    try:
+        found = strategies.scores(name, SimpleNamespace(tag=lambda *_, **__: tagged), [["w"] * n for n in lengths])
+        assert tracemalloc.get_traced_memory()[1] < 60e6
+    finally:
+        tracemalloc.stop()
+    whole = {"lc": 0.5 * lengths, "mnlp": np.full(4001, 0.5), "entropy": np.full(4001, 0.25),
+             "entropy_sum": 0.25 * lengths}[name]
+    np.testing.assert_allclose(found, whole)
 
 
 def test_the_reference_is_trained_for_longer_than_a_learner():

@@ -3,6 +3,7 @@
     places = choose("mnlp", tagger, pool, budget=2000)
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,9 +14,11 @@ from jaxmodels.cnn_cnn_lstm.passes import dropout_passes
 from jaxmodels.cnn_cnn_lstm.tagger import Tagger
 
 Words = Sequence[str]
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 VECTORS = ("submod", "k_means_pp", "core_set")  # choose among vectors of sentences
 PER_SENTENCE = ("lc", "mnlp", "entropy", "entropy_sum")
-GROUP = 512  # sentences whose passes are padded together: M x N x T ids of all would not fit
+# Sentences that are padded together: M x N x T ids of all would not fit, and one of 5,000 words would make all so long.
+GROUP = 512
 WIDER = 4  # budgets of doubtful sentences among which `submod` looks for representatives
 
 
@@ -55,19 +58,26 @@ def scores(name: str, tagger: Tagger | None, sentences: Sequence[Words], *, seed
         return acquisition.random(len(sentences), seed)
     if name in PER_SENTENCE:  # evaluation mode, no dropout
         tagged = tagger.tag(sentences, check=check)
-        values, mask = padded([one.entropy if name.startswith("entropy") else one.log_prob for one in tagged])
-        return {"lc": acquisition.least_confidence, "mnlp": acquisition.mnlp, "entropy": acquisition.token_entropy,
-                "entropy_sum": lambda v, m: acquisition.token_entropy(v, m, mean=False)}[name](values, mask)
-    where = "decoder" if name == "bald_decoder" else "all"
-    found = dropout_passes(tagger, sentences, passes, seed=seed, where=where, check=check)
-    if name == "bald_mi":
-        return acquisition.mean_score(*padded([one.information for one in found]))
-    score = acquisition.whole_sequence if name == "sequence" else acquisition.bald_vote
-    parts = []
-    for at in range(0, len(found), GROUP):
-        ids, mask = padded([one.tags.T for one in found[at:at + GROUP]])
-        parts.append(score(np.moveaxis(ids, 2, 0), mask))
+        values = [one.entropy if name.startswith("entropy") else one.log_prob for one in tagged]
+    else:
+        where = "decoder" if name == "bald_decoder" else "all"
+        found = dropout_passes(tagger, sentences, passes, seed=seed, where=where, check=check)
+        values = [one.information if name == "bald_mi" else one.tags.T for one in found]
+    parts = [SCORES[name](*padded(values[at:at + GROUP])) for at in range(0, len(values), GROUP)]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _passes_first(score: Score) -> Score:
+    """For tags [N, T, M]."""
+    return lambda tags, mask: score(np.moveaxis(tags, 2, 0), mask)
+
+
+SCORES: dict[str, Score] = {
+    "lc": acquisition.least_confidence, "mnlp": acquisition.mnlp, "entropy": acquisition.token_entropy,
+    "entropy_sum": functools.partial(acquisition.token_entropy, mean=False), "bald_mi": acquisition.mean_score,
+    "bald": _passes_first(acquisition.bald_vote), "bald_decoder": _passes_first(acquisition.bald_vote),
+    "sequence": _passes_first(acquisition.whole_sequence),
+}
 
 
 def vectors(tagger: Tagger, sentences: Sequence[Words]) -> np.ndarray:
