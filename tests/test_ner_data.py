@@ -77,7 +77,7 @@ def test_two_columns(tmp_path):
     assert counts == {"crlf": 1, "blank_lines_with_spaces": 1, "repaired": 1}
     again = read_conll(write_conll(tmp_path / "b.conll.gz", found))
     assert again == found
-    with pytest.raises(UserError, match=r"a.conll.gz:6: I-X after the beginning of a sentence is not IOB2; write B-X"):
+    with pytest.raises(UserError, match="a.conll.gz:6: I-X after the beginning of a sentence is not IOB2; open .* B-X"):
         read_conll(tmp_path / "a.conll.gz", "refuse")
 
 
@@ -86,6 +86,15 @@ def test_iob1_is_seen_and_nothing_in_it_is_wrong(tmp_path):
     path = write(tmp_path / "a.conll", "a\tI-X\nb\tB-X\nc\tO\n\nd\tI-Y\n")
     assert [one.tags for one in read_conll(path, "refuse", counts)] == [("B-X", "B-X", "O"), ("B-Y",)]
     assert counts == {"iob1": 1}
+
+
+def test_illformed_iobes_is_counted_and_refused(tmp_path):
+    counts = collections.Counter()
+    path = write(tmp_path / "a.conll", "a\tU-X\nb\tI-X\nc\tB-X\nd\tL-X\n\ne\tO\nf\tL-Y\n")
+    assert [one.tags for one in read_conll(path, "repair", counts)] == [("B-X", "B-X", "B-X", "I-X"), ("O", "B-Y")]
+    assert counts == {"iobes": 1, "repaired": 2}
+    with pytest.raises(UserError, match="a.conll:2: I-X after U-X is not IOBES; open the entity with B-X"):
+        read_conll(path, "refuse")
 
 
 def test_conll_2003(tmp_path):

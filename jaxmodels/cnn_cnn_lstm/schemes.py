@@ -66,9 +66,12 @@ def iob1(tags: Sequence[str]) -> list[str]:
 
 
 def illformed(tags: Sequence[str]) -> list[int]:
-    """Places where IOB2 wants a B-: an I- after O, after another type or at the beginning."""
-    return [i for i, (before, tag) in enumerate(zip([OUTSIDE, *tags[:-1]], tags, strict=True))
-            if tag.startswith("I-") and before[2:] != tag[2:]]
+    """Places where IOB2 or IOBES wants an entity to open and the tag goes on with one: an I- or E- after O, S-, E-,
+    another type or at the beginning."""
+    split = [split_tag(tag) for tag in tags]
+    return [i for i, ((before, kind_before), (letter, kind)) in enumerate(zip([(OUTSIDE, ""), *split[:-1]], split,
+                                                                              strict=True))
+            if letter in "IE" and (before not in "BI" or kind_before != kind)]
 
 
 def detect(sentences: Iterable[Sequence[str]]) -> str:

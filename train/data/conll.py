@@ -45,8 +45,8 @@ class Sentence:
 def read_conll(path: str | Path, illformed: Repair = "repair", counts: Counter[str] | None = None) -> list[Sentence]:
     """The sentences of a file, plain or gzip.
 
-    illformed: an I- after O, another type or nothing opens an entity (``repair``, counted), or is an error. A file
-    whose entities all open with I- is IOB1, and nothing in it is ill-formed.
+    illformed: an I- (or E-) after O, another type or nothing opens an entity (``repair``, counted), or is an error. A
+    file whose entities all open with I- is IOB1, and nothing in it is ill-formed.
     counts: gets what was amiss, and ``iob1`` or ``iobes`` for a file in that scheme.
     Raises UserError with file and line for a wrong number of columns and for tags that no scheme knows.
     """
@@ -59,12 +59,12 @@ def read_conll(path: str | Path, illformed: Repair = "repair", counts: Counter[s
     scheme = schemes.detect(tags for _, _, tags in blocks)
     if scheme != "iob2":
         counts[scheme] += 1
-    for numbers, _, tags in blocks if scheme == "iob2" else ():
+    for numbers, _, tags in blocks if scheme != "iob1" else ():
         for i in schemes.illformed(tags):
             if illformed == "refuse":
                 before = tags[i - 1] if i else "the beginning of a sentence"
-                raise UserError(f"{path}:{numbers[i]}: {tags[i]} after {before} is not IOB2; write B{tags[i][1:]}, or "
-                                "allow repairs")
+                raise UserError(f"{path}:{numbers[i]}: {tags[i]} after {before} is not {scheme.upper()}; open the "
+                                f"entity with B{tags[i][1:]}, or allow repairs")
             counts["repaired"] += 1
     return [Sentence(tuple(words), tuple(schemes.iob2(tags))) for _, words, tags in blocks]
 
