@@ -309,8 +309,13 @@ def test_a_batch_that_was_labelled_in_place_is_not_written_over(tmp_path):
     with pytest.raises(UserError, match="batch.jsonl has labels, and would be written over"):
         oracle.labels([0, 1])
     assert path.read_text() == text
-    path.rename(tmp_path / "done.jsonl")
+    (tmp_path / "done.jsonl").write_text(text)
     assert oracle.labels([0, 1]) == [["B-PER", "O"], ["O", "O"]]
+    with pytest.raises(UserError, match="done.jsonl:1: type 'PER' is not one of this study's, .*: LOC; rename it"):
+        FileOracle(tmp_path, oracle.pool, ("LOC",)).labels([1, 0])
+    (tmp_path / "done.jsonl").write_text(text.splitlines()[0])  # a copy of what the batch has labels of
+    with pytest.raises(UserError, match="1 of 2 sentences"):
+        oracle.labels([0, 1])
 
 
 def test_curves():

@@ -31,7 +31,7 @@ def run(cfg: StudyConfig, folder: RunFolder) -> None:
     """Runs or finishes the study in a run folder."""
     source = tagged_texts(cfg.data.name, illformed=cfg.data.illformed, limit=cfg.data.limit)
     pool = [one.words for one in source.parts["train"]]
-    oracle = GoldOracle(source.parts["train"]) if cfg.oracle == "gold" else FileOracle(cfg.oracle, pool)
+    oracle = GoldOracle(source.parts["train"]) if cfg.oracle == "gold" else FileOracle(cfg.oracle, pool, source.types)
     folder.write_results({f"data.{name}": value for name, value in source.counts.items()}
                          | {"pool_words": source.words, "pool_sentences": len(pool),
                             "device": jax.devices()[0].device_kind})
