@@ -202,9 +202,12 @@ def examples_section(report: Report, predictions: Predictions, of: str = "") -> 
     report.section("Sentences" + (f": {of}" if of else ""), "Orange: what the tagger says, the deeper the surer, its "
                    "type behind it. Underlined: the true entity, and where it differs its type too. The first are the "
                    "surest errors, the last are right.")
-    short = [row for row in predictions if row["truth"] and len(row["words"]) <= LONGEST]
-    wrong = [row for row in short if {tuple(one) for one in row["truth"]} != {tuple(one[:3]) for one in row["said"]}]
-    right = [row for row in short if row not in wrong]
+    right: Predictions = []
+    wrong: Predictions = []
+    for row in predictions:
+        if row["truth"] and len(row["words"]) <= LONGEST:
+            same = {tuple(one) for one in row["truth"]} == {tuple(one[:3]) for one in row["said"]}
+            (right if same else wrong).append(row)
     wrong = sorted(wrong, key=lambda row: -row["confidence"])[:EXAMPLES * 2 // 3]
     for row in [*wrong, *right[:EXAMPLES - len(wrong)]]:
         pieces, values, marked = highlighted(row)
