@@ -1,5 +1,7 @@
 """What to label next: scores on hand-made numbers, budgets, representatives (ner_active_learning.md tests 3, 4, 8)."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -117,6 +119,18 @@ def test_lazy_greedy_is_greedy():
 def test_core_set_stays_away_from_what_is_labelled():
     vectors, lengths = pool()
     assert selection.core_set(vectors, lengths, 10, labelled=vectors[:20])[0] >= 20
+
+
+def test_core_set_holds_no_distances_between_all_pairs():
+    r = np.random.default_rng(0)
+    vectors, labelled = r.normal(size=(3000, 4)), r.normal(size=(3000, 4))
+    tracemalloc.start()
+    try:
+        first = selection.core_set(vectors, np.ones(3000, int), 1, labelled=labelled)[0]
+        assert tracemalloc.get_traced_memory()[1] < 50e6  # 72 MB are one array of all of them
+    finally:
+        tracemalloc.stop()
+    assert first == max(range(3000), key=lambda i: ((labelled - vectors[i]) ** 2).sum(1).min())
 
 
 @pytest.mark.parametrize("choose, told", [

@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 
+SOME = 256  # labelled sentences whose distances to the whole pool are in memory at once
+
 
 def by_score(scores: np.ndarray, lengths: Sequence[int] | np.ndarray, budget: int, *, seed: int = 0,
              overshoot: bool = True, available: np.ndarray | None = None) -> np.ndarray:
@@ -116,8 +118,8 @@ def core_set(vectors: np.ndarray, lengths: Sequence[int] | np.ndarray, budget: i
     tie = np.random.default_rng(seed).permutation(len(vectors))
 
     near, left = np.full(len(vectors), np.inf), free.copy()
-    if labelled is not None and len(labelled):
-        near = _distances(vectors, labelled).min(1).astype(float)
+    for at in range(0, 0 if labelled is None else len(labelled), SOME):
+        np.minimum(near, _distances(vectors, labelled[at:at + SOME]).min(1), out=near)
 
     def order() -> Iterable[int]:
         while left.any():
