@@ -57,7 +57,7 @@ def tagged_texts(name: str, *, illformed: Repair = "repair", limit: int | None =
     else:
         raise UserError(f"unknown source of tagged sentences {name!r}; {did_you_mean(kind, [*SOURCES, 'path:FOLDER'])}")
     parts = {part: [one for one in _read(path, illformed, counts) if one.words] for part, path in files.items()}
-    parts = _complete(parts, counts)
+    parts = _complete(name, parts, counts)
     if limit is not None:
         parts = {part: sentences[:limit] for part, sentences in parts.items()}
     types = sorted({tag[2:] for one in parts["train"] for tag in one.tags if tag != "O"})
@@ -101,7 +101,7 @@ def _read(path: Path, illformed: Repair, counts: Counter[str]) -> list[Sentence]
     return read_conll(path, illformed, counts)
 
 
-def _complete(parts: Mapping[str, list[Sentence]], counts: Counter[str]) -> dict[str, list[Sentence]]:
+def _complete(name: str, parts: Mapping[str, list[Sentence]], counts: Counter[str]) -> dict[str, list[Sentence]]:
     missing = [part for part in PARTS if part not in parts]
     if not missing:
         whole = {part: parts[part] for part in PARTS}
@@ -117,7 +117,7 @@ def _complete(parts: Mapping[str, list[Sentence]], counts: Counter[str]) -> dict
             whole[next((part for part, end in ends.items() if place < end), "train")].append(one)
         counts["parts_cut_from_train"] = len(missing)
     if empty := next((part for part in PARTS if not whole[part]), None):
-        raise UserError(f"the {empty} part has no sentence; give more, or a file of that name")
+        raise UserError(f"{name}: the {empty} part has no sentence; give more, or a file of that name")
     return {part: whole[part] for part in PARTS}
 
 
