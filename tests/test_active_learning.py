@@ -384,6 +384,12 @@ def test_an_unfinished_study_claims_nothing_by_rounds_that_are_missing():
     assert verdicts["decoder"] == YES  # after the last round of both they are alike
 
 
+def test_a_goal_that_the_first_set_reaches_says_nothing_of_choices():
+    records = two_strategies((0.02, 0.22, 0.4), random=(0.3, 0.4, 0.5))
+    verdicts = {row["name"]: row for row in report.statements(records, 0.3)}
+    assert verdicts["words.mnlp"]["verdict"] == OPEN and "2.0 % against 2.0 %" in verdicts["words.mnlp"]["why"]
+
+
 def test_the_report(finished):
     cfg, out, results, _, _ = finished
     about = json.loads((out / "config.json").read_text())

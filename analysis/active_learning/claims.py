@@ -73,7 +73,8 @@ def judged_words(records: Records, by: Mapping[Any, Mapping[str, Any]], name: st
         my_end, end = by[name, seed]["share"], by["random", seed]["share"]
         told.append(f"{_within(mine, my_end)} against {_within(other, end)}")
         if mine is not None and other is not None:
-            gaps.append(other - mine)
+            # Equal where the first set, which both share, is enough: then nothing is known of their choices.
+            gaps.append(other - mine if other != mine else None)
         elif mine is not None:
             gaps.append(1.0 if mine <= end else None)
         else:
