@@ -319,6 +319,15 @@ def test_a_batch_that_was_labelled_in_place_is_not_written_over(tmp_path):
         oracle.labels([0, 1])
 
 
+def test_a_text_that_the_pool_has_twice_is_asked_once(tmp_path):
+    oracle = FileOracle(tmp_path, [("Bob", "sleeps")] * 2)
+    with pytest.raises(UserError, match="2 of 2 sentences"):
+        oracle.labels([0, 1])
+    assert len((tmp_path / "batch.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "batch.jsonl").rename(tmp_path / "done.jsonl")
+    assert oracle.labels([0, 1]) == [["O", "O"]] * 2
+
+
 def test_curves():
     curve = np.array([0.02, 0.06, 0.10]), np.array([0.30, 0.50, 0.70])
     assert curves.share_to(curve, 0.6) == pytest.approx(0.08) and curves.share_to(curve, 0.71) is None

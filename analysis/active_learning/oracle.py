@@ -52,7 +52,7 @@ class FileOracle:
         missing = [i for i, name in asked.items() if name not in known]
         if missing:
             self._keep_labels(known)
-            texts = [" ".join(self.pool[i]) for i in missing]
+            texts = dict.fromkeys(" ".join(self.pool[i]) for i in missing)  # one that the pool has twice is asked once
             write_items(self.folder / BATCH, [Item(identity(text), text, ()) for text in texts], "jsonl")
             raise UserError(f"{len(missing)} of {len(asked)} sentences are not labelled yet; label "
                             f"{self.folder / BATCH}, put the export (.json, .jsonl) beside it and give the same "
