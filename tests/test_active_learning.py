@@ -6,7 +6,6 @@ One study is run for all tests, and every learner has its shapes, so that each p
 import dataclasses
 import json
 import re
-import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -111,8 +110,10 @@ def test_the_study_tells_and_does_nothing_twice(finished, monkeypatch):
     records, full = study.read_records(cfg, out)
     assert results["finished"] and results["full.f1"] == np.mean([one.f1 for one in full.values()])
     assert results["mnlp.f1.seed1"] == records["mnlp"][1][-1].f1
-    gain = [records["mnlp"][s][-1].f1 - records["random"][s][-1].f1 for s in (0, 1)]
-    assert np.sign(results["mnlp.gain.seed0"]) == np.sign(gain[0]) or abs(gain[0]) < 0.05
+    mine, other = ([(one.share, one.f1) for one in records[name][0]] for name in ("mnlp", "random"))
+    end = min(mine[-1][0], other[-1][0])  # the last share that both have come to
+    gain = np.interp(end, *zip(*mine, strict=True)) - np.interp(end, *zip(*other, strict=True))
+    assert results["mnlp.gain.seed0"] == pytest.approx(gain, abs=1e-9)
     monkeypatch.setattr(ActiveLearner, "begin", lambda self: pytest.fail("trained again"))
     with RunFolder(out, {}) as folder:
         study.run(cfg, folder)
@@ -428,15 +429,13 @@ def test_parts_of_a_taggers_report():
     assert dict(zip(pieces, values, strict=True))["Anna"] == 0.9
 
 
-def test_examples_of_many_sentences_take_a_moment():
-    """Errors first, the surest of them at the top; compared row with row, 6,000 sentences took many seconds."""
+def test_examples_of_many_sentences():
+    """Errors first, the surest of them at the top."""
     rows = [{"words": ["w"] * 50, "truth": [[0, 1, "X"]], "said": [[0, 1 + i % 2, "X", 0.5]], "confidence": i / 6000}
             for i in range(6000)]
     told = []
     page = SimpleNamespace(section=lambda *_: None, coloured=lambda *of: told.append(of[2]))
-    began = time.perf_counter()
     ner_report.examples_section(page, rows)
-    assert time.perf_counter() - began < 2
     assert told[:2] == ["confidence of the whole: 1.00"] * 2 and told[-1] == "confidence of the whole: 0.00"
     assert len(told) == ner_report.EXAMPLES
 
