@@ -13,7 +13,7 @@ from train.runtime.files import read_json
 from train.runtime.run_folder import CONFIG, RESULTS
 
 FIRST = ("validation_bits_per_byte", "test.f1", "validation_loss", "accuracy", "loss")  # what a reader asks for first
-CURVES = ("validation_loss", "loss")
+CURVES = ("validation_loss", "dev_f1", "loss")
 LEFT_OUT = ("seconds", "finished")
 Trials = dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]]  # variant -> seed -> (results, metrics)
 
@@ -28,8 +28,11 @@ def build(sweep_dir: str | Path) -> Path:
         report.text("No trial is complete yet.")
         return report.save(folder / "report.html")
     numbers = _numbers(trials)
-    keys = sorted(numbers, key=lambda key: (FIRST.index(key) if key in FIRST else len(FIRST)))
-    report.section("Variants", "Mean over seeds; the spread is the standard deviation of one seed (n - 1).")
+    keys = sorted((key for key in numbers if key in FIRST or _varies(numbers[key])),
+                  key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
+    keys = keys or list(numbers)  # of a single trial
+    report.section("Variants", "Mean over seeds; the spread is the standard deviation of one seed (n - 1). What is the "
+                   "same in all trials is left out.")
     rows = summary(numbers, keys)
     report.number_cards((row["variant"], row["mean"], _note(row)) for row in rows if row["number"] == keys[0])
     report.table(rows, None, "One row a variant and number.", "variants")
@@ -92,6 +95,10 @@ def paired(numbers: Mapping[str, Mapping[str, Mapping[str, float]]], keys: list[
                          "seeds": len(common), "same sign in all": bool((differences > 0).all()
                                                                         or (differences < 0).all())})
     return rows
+
+
+def _varies(by_variant: Mapping[str, Mapping[str, float]]) -> bool:
+    return len({value for by_seed in by_variant.values() for value in by_seed.values()}) > 1
 
 
 def _note(row: Mapping[str, Any]) -> str:
