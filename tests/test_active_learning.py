@@ -175,7 +175,8 @@ def test_in_lockstep_they_end_alike(finished, tmp_path):
     """The study with up to three learners to a step, stopped again and again: its sets and scores. What an interruption
     has left behind catches up."""
     cfg, out, _, _, _ = finished
-    cfg = dataclasses.replace(cfg, together=3)
+    assert resolve("ner_active_learning", {"lockstep": "3"}).lockstep == 3  # that a command reaches it
+    cfg = dataclasses.replace(cfg, lockstep=3)
     assert [[f"{name}{seed}" for name, seed, _ in group] for group in study.groups(cfg)] == [
         ["full0", "full1"], ["random0", "mnlp0", "random1"], ["mnlp1"]]
     calls, starts, sizes = 0, 0, set()

@@ -80,7 +80,7 @@ class StudyConfig:
     # learner of the default protocol takes the steps of 20 in sum: a reference of 20 would flatter its shares.
     reference_epochs: float = 40.0
     known_f1: float | None = None  # of the best known system, 0..1: words to 95 % and 99 % of it are told too
-    together: int = 1  # learners that are trained in lockstep, a step for all: for a GPU or TPU that one does not fill
+    lockstep: int = 1  # learners that are trained in lockstep, a step for all: for a GPU or TPU that one does not fill
     oracle: str = "gold"  # or a folder where people put their exports: see analysis/active_learning/oracle.py
     seed: int = 0
     entry: str = "analysis.active_learning.study:run"
@@ -96,8 +96,8 @@ class StudyConfig:
         if self.seeds < 1 or self.reference_epochs < 0:
             raise UserError(f"seeds={self.seeds} must be at least 1 and reference_epochs={self.reference_epochs} at "
                             "least 0")
-        if self.together < 1:
-            raise UserError(f"together={self.together} must be at least 1")
+        if self.lockstep < 1:
+            raise UserError(f"lockstep={self.lockstep} must be at least 1")
         if self.known_f1 is not None and not 0 < self.known_f1 <= 1:
             raise UserError(f"known_f1={self.known_f1} must be above 0 and at most 1")
         if self.optimizer.schedule != "constant":
@@ -113,4 +113,4 @@ class StudyConfig:
     @property
     def operational(self) -> tuple[str, ...]:
         """More strategies, seeds and rounds add to a folder; they change nothing that is there."""
-        return ("strategies", "seeds", "known_f1", "protocol.rounds", "together")
+        return ("strategies", "seeds", "known_f1", "protocol.rounds", "lockstep")

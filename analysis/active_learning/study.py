@@ -59,10 +59,10 @@ def run(cfg: StudyConfig, folder: RunFolder) -> None:
 def groups(cfg: StudyConfig) -> list[list[tuple[str, int, StudyConfig]]]:
     """Of `learners`, those that are trained together: references by themselves, whose only round is a long one."""
     plan = list(learners(cfg))
-    if cfg.together == 1:
+    if cfg.lockstep == 1:
         return [[one] for one in plan]
     kinds = [[one for one in plan if (one[0] == FULL) == full] for full in (True, False)]
-    return [kind[at:at + cfg.together] for kind in kinds for at in range(0, len(kind), cfg.together)]
+    return [kind[at:at + cfg.lockstep] for kind in kinds for at in range(0, len(kind), cfg.lockstep)]
 
 
 def learners(cfg: StudyConfig) -> Iterator[tuple[str, int, StudyConfig]]:
