@@ -28,11 +28,11 @@ def build(sweep_dir: str | Path) -> Path:
         report.text("No trial is complete yet.")
         return report.save(folder / "report.html")
     numbers = _numbers(trials)
-    keys = sorted((key for key in numbers if key in FIRST or _varies(numbers[key])),
+    alone = sum(map(len, trials.values())) == 1
+    keys = sorted((key for key in numbers if alone or key in FIRST or _varies(numbers[key])),
                   key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
-    keys = keys or list(numbers)  # of a single trial
-    report.section("Variants", "Mean over seeds; the spread is the standard deviation of one seed (n - 1). What is the "
-                   "same in all trials is left out.")
+    report.section("Variants", "Mean over seeds; the spread is the standard deviation of one seed (n - 1)."
+                   + ("" if alone else " What is the same in all trials is left out."))
     rows = summary(numbers, keys)
     report.number_cards((row["variant"], row["mean"], _note(row)) for row in rows if row["number"] == keys[0])
     report.table(rows, None, "One row a variant and number.", "variants")

@@ -86,6 +86,15 @@ def test_one_of_a_group_fails(tmp_path, capsys):
     assert "total" in found[2] and found[1]["error"] == "ZeroDivisionError: an odd bug"
 
 
+def test_the_report_leaves_out_what_no_trial_changes(tmp_path):
+    """Of two, how many units were computed; of a single trial nothing is left out."""
+    for grid, there in (("inner.size=2,5", False), ("inner.size=2", True)):
+        out = tmp_path / grid
+        assert cli.main(["sweep", TINY, f"grid={grid}", "preset=tiny", "--out", str(out)]) == 0
+        page = (out / "report.html").read_text()
+        assert "total" in page and ("computed" in page) == there and ("is left out" in page) != there
+
+
 def test_one_folder_one_report_and_more_seeds_later(tmp_path, capsys):
     out = tmp_path / "s"
     assert cli.main(["sweep", TINY, "grid=sizes", "preset=tiny", "--out", str(out)]) == 0

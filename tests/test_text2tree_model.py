@@ -22,6 +22,8 @@ from jaxmodels.text2tree.encoders import (
 )
 from jaxmodels.text2tree.losses import LossConfig
 from jaxmodels.text2tree.tree import LabelTree
+from train.runtime.files import save_npz
+from train.text2tree import path_name, restored
 from train.text2tree_config import TextEncoderConfig
 
 TREE = LabelTree.from_codes(["A1.1", "A1.2", "B2.1", "B2.2", "B2"])
@@ -148,6 +150,19 @@ def test_a_head_without_pooler():
         assert (float(jnp.abs(apart).max()) < 1e-4) == linear
     assert TextEncoderConfig().has_pooler is False and TextEncoderConfig(pool="cls").has_pooler
     assert TextEncoderConfig(pooler=True).has_pooler and not TextEncoderConfig(pool="cls", pooler=False).has_pooler
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_weights_of_another_head_are_refused(now, tmp_path):
+    """A pooler that is there and not used, or the other way round, would answer wrongly in silence."""
+    for pooler in (now, not now):
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model(pooler=pooler).for_inference())))
+        save_npz(tmp_path / "model.npz", {path_name(path): np.asarray(leaf) for path, leaf in leaves})
+        if pooler == now:
+            assert np.array_equal(restored(model(pooler=now), tmp_path)(TOKENS)[0], model(pooler=now)(TOKENS)[0])
+        else:
+            with pytest.raises(UserError, match="is not of this model: head/pooler is in one of them only"):
+                restored(model(pooler=now), tmp_path)
 
 
 @pytest.mark.long

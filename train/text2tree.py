@@ -335,10 +335,14 @@ def path_name(path: Any) -> str:
 
 
 def restored(start: Text2Tree, folder: Path) -> Text2Tree:
-    """`start` with the arrays of a run's ``model.npz`` and without label states."""
+    """`start` with the arrays of a run's ``model.npz`` and without label states. Raises UserError for other arrays."""
     arrays = of_run(folder, "model")
     model = start.for_inference()
     graphdef, state = nnx.split(model)
+    needed = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))}
+    if unlike := needed ^ (arrays.keys() - {"taken"}) - {"taken"}:  # the steps of ldam_drw are of its training alone
+        raise UserError(f"{folder / 'model.npz'} is not of this model: {min(unlike)} is in one of them only. Runs of "
+                        "before the head was linear have a pooler; train again, with encoder.pooler=true as it was")
     filled = jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(arrays[path_name(path)]),
                                               nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, filled)
