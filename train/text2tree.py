@@ -340,7 +340,7 @@ def restored(start: Text2Tree, folder: Path) -> Text2Tree:
     model = start.for_inference()
     graphdef, state = nnx.split(model)
     needed = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))}
-    if unlike := needed ^ (arrays.keys() - {"taken"}) - {"taken"}:  # the steps of ldam_drw are of its training alone
+    if unlike := (needed ^ arrays.keys()) - {"taken"}:  # the steps of ldam_drw are of its training alone
         raise UserError(f"{folder / 'model.npz'} is not of this model: {min(unlike)} is in one of them only. Runs of "
                         "before the head was linear have a pooler; train again, with encoder.pooler=true as it was")
     filled = jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(arrays[path_name(path)]),
