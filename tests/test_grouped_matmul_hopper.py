@@ -58,6 +58,13 @@ def close(value, expected, limit):
     assert np.linalg.norm(value - expected) <= limit * np.linalg.norm(expected)
 
 
+def same(value, expected):
+    """But for a rounding here and there: the interpreter's products on a CPU are not the same to the bit in two calls
+    (on an AMD EPYC 9005, 2 of 56,800 values in float16 were not). A GPU's are: test_on_the_gpu."""
+    assert value.dtype == expected.dtype
+    close(value, np.asarray(expected, np.float64), max(float(jnp.finfo(value.dtype).eps), 1e-6))
+
+
 def int32(sizes):
     return jnp.asarray(sizes, jnp.int32)
 
@@ -178,7 +185,8 @@ def test_outer_in_float32_and_bad_rows_stay_in_their_group(interpreted):
         # The first row of group 1 follows the last of group 0, the last of group 1 precedes the first of group 3.
         for a, b in ((x.at[5].set(bad).at[70].set(bad), dy), (x, dy.at[5].set(bad).at[70].set(bad))):
             spoiled = np.asarray(run(a, b, int32(sizes)))
-            assert np.array_equal(spoiled[[0, 2, 3]], clean[[0, 2, 3]]) and not np.isfinite(spoiled[1]).all()
+            same(spoiled[[0, 2, 3]], clean[[0, 2, 3]])
+            assert not np.isfinite(spoiled[1]).all()
 
 
 @needs_new
@@ -192,7 +200,8 @@ def test_forward_bad_rows_and_odd_sizes(interpreted):
     close(clean, numpy_products(x, w, clean, sizes)[0], 2.5e-3)
     spoiled = np.asarray(run(x.at[9].set(jnp.nan), w.at[2].set(jnp.inf), int32(sizes)))
     others = np.r_[0:9, 10:28, 33:40]
-    assert np.array_equal(spoiled[others], clean[others]) and np.isnan(spoiled[9]).all()
+    same(spoiled[others], clean[others])
+    assert np.isnan(spoiled[9]).all()
     for shape in ((0, 8, 8), (3, 8, 0), (3, 0, 8)):
         x, w, _ = draw(rng, *shape, 1)
         assert not np.asarray(run(x, w, int32([shape[0]]))).any()
@@ -220,7 +229,8 @@ def test_no_races_and_nothing_uninitialised():
     for value, expected in zip((y, dx, dw), numpy_products(x, w, dy, sizes), strict=True):
         close(value, expected, 2.5e-3)
     assert not np.asarray(y)[97:].any() and not np.asarray(dw)[1].any()
-    assert np.array_equal(g, y) and np.array_equal(u, y)
+    same(g, y)
+    same(u, y)
     g = np.asarray(g, np.float64)
     close(h, np.maximum(g, 0) * g, 1e-2)
 
@@ -271,7 +281,7 @@ def test_glu_of_wide_tiles_and_many_groups(glu_interpreted, activation, dtype, l
     for sizes in (284 * np.eye(9, dtype=int)[3], np.zeros(9, int), SIZES):
         h, g, u = check_glu(kept, x, gate, up, sizes, activation, limit)
         assert h.dtype == g.dtype == u.dtype == dtype
-    assert np.array_equal(h, check_glu(alone, x, gate, up, sizes, activation, limit)[0])
+    same(h, check_glu(alone, x, gate, up, sizes, activation, limit)[0])
 
 
 @pytest.mark.long
@@ -283,7 +293,8 @@ def test_bad_values_of_a_glu_stay_in_their_group(glu_interpreted):
     clean = run(x, gate, up, sizes)
     spoiled = run(x.at[36].set(jnp.nan), gate.at[1, 3].set(jnp.nan), up.at[1, 5].set(jnp.inf), sizes)
     for before, after in zip(clean, spoiled, strict=True):
-        assert np.array_equal(before[others], after[others]) and not np.isfinite(np.asarray(after[36])).any()
+        same(before[others], after[others])
+        assert not np.isfinite(np.asarray(after[36])).any()
 
 
 FEW = ("DeepSeek-V3", "gpt-oss-20b")
