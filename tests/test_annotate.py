@@ -65,11 +65,11 @@ def test_a_batch_comes_back_as_it_was(kind, tmp_path):
 
 
 def test_label_studio_in_other_words(tmp_path):
-    """JSON_MIN; places in UTF-16 as older versions wrote them; what is not done; regions of other kinds."""
+    """JSON_MIN; places in UTF-16 and completions as older versions wrote them; what is not done; other regions."""
     value = {"start": 13, "end": 17, "text": "Oslo", "labels": ["LOC"]}
     (tmp_path / "min.json").write_text(json.dumps([{"id": 1, "text": ITEM.text, "label": [value]}]))
     regions = [{"value": one} for one in (value, {"start": 2, "end": 6, "labels": ["PER"]}, {"choices": ["x"]})]
-    tasks = [{"data": {"text": ITEM.text}, "annotations": [{"result": regions}]},
+    tasks = [{"data": {"text": ITEM.text}, "completions": [{"result": regions}]},
              {"data": {"text": "skipped"}, "annotations": [{"was_cancelled": True, "result": []}]}]
     (tmp_path / "full.json").write_text(json.dumps(tasks))
     counts = Counter()

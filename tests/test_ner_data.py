@@ -245,7 +245,7 @@ def test_lines_that_are_refused(line, told, tmp_path):
 
 def test_a_folder_of_your_own(tmp_path):
     write(tmp_path / "train.conll", "a\tB-X\n\nb\tO\n")
-    write(tmp_path / "devel.jsonl.gz", json.dumps({"text": "c d", "label": [[0, 1, "Y"]]}))
+    write(tmp_path / "devel.json.gz", json.dumps({"text": "c d", "label": [[0, 1, "Y"]]}))
     (tmp_path / "test").mkdir()
     write(tmp_path / "test" / "1.txt", "e")
     write(tmp_path / "test" / "1.ann", "T1\tX 0 1\te\n")

@@ -80,8 +80,8 @@ def _curves(report: Report, records: Records, reference: float | None, cfg: Stud
         "area": _spread(row, "area"), "area above random": _spread(row, "gain_area"),
         "F1 at the end": _spread(row, "f1"), "above random": _spread(row, "gain")} for row in by_strategy]
     report.table(told, caption="Mean ± standard deviation over seeds. Words: share of the pool's, on the line between "
-                 "two rounds; area: mean F1 over the shares that all have; above random: of the same seed, at the last "
-                 "common share.", name="summaries")
+                 "two rounds, and where the first set is enough at most its share; area: mean F1 over the shares "
+                 "that all have; above random: of the same seed, at the last common share.", name="summaries")
     others = [row for row in by_strategy if row["strategy"] != "random" and row.get("gain") is not None]
     for name, rows, told in (("f1", by_strategy, "F1 at a share of the words"), ("gain", others, "F1 above random "
                              "choice of the same seed at a share of the words")):

@@ -60,9 +60,9 @@ def scores(name: str, tagger: Tagger | None, sentences: Sequence[Words], *, seed
         tagged = tagger.tag(sentences, check=check)
         values = [one.entropy if name.startswith("entropy") else one.log_prob for one in tagged]
     else:
-        where = "decoder" if name == "bald_decoder" else "all"
-        found = dropout_passes(tagger, sentences, passes, seed=seed, where=where, check=check)
-        values = [one.information if name == "bald_mi" else one.tags.T for one in found]
+        where, informed = "decoder" if name == "bald_decoder" else "all", name == "bald_mi"
+        found = dropout_passes(tagger, sentences, passes, seed=seed, where=where, information=informed, check=check)
+        values = [one.information if informed else one.tags.T for one in found]
     parts = [SCORES[name](*padded(values[at:at + GROUP])) for at in range(0, len(values), GROUP)]
     return np.concatenate(parts) if parts else np.zeros(0)
 

@@ -154,7 +154,7 @@ def _from_task(task: Any, where: str, counts: Counter[str]) -> Item | None:
     if not isinstance(text, str):
         raise UserError(f"{where} has no text; export a project whose tasks have $text")
     if "data" in task:
-        made = _list(task.get("annotations"), f"{where}: annotations")
+        made = _list(task.get("annotations", task.get("completions")), f"{where}: annotations")  # so before 1.0
         if not all(isinstance(one, Mapping) for one in made):  # some of its interfaces give their ids alone
             raise UserError(f"{where}: annotations without regions; export as JSON")
         done = [one for one in made if not one.get("was_cancelled")]

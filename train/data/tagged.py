@@ -96,7 +96,7 @@ def _own(path: Path) -> dict[str, Path]:
 def _read(path: Path, illformed: Repair, counts: Counter[str]) -> list[Sentence]:
     if path.is_dir():
         return read_brat(path, counts)
-    if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json")):
         return read_jsonl(path, counts)
     return read_conll(path, illformed, counts)
 
