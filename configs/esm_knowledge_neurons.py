@@ -11,7 +11,7 @@ supported, not supported or not decidable, and why.
     jaxmodels run esm_knowledge_neurons preset=tiny           # checks an installation; its numbers mean nothing
     jaxmodels run esm_knowledge_neurons tuned=runs/esm_enzyme-0123abcd,runs/esm_enzyme-4567cdef
 
-Two cores decide the sizes: a mask costs a pass over the test proteins, and there are about 1,300 of them. So the
+Two cores decide the sizes: a mask costs a pass over the test proteins, and a fine-tuning has hundreds of masks. So the
 curves are of 24 of each class, and contributions of 8 proteins of each class, those of single sites of 2. Proteins are
 read up to 510 residues, as in the fine-tuning: with 190, which takes half the time, the whole model was no better than
 one without neurons, and no curve meant anything; so it is with `quick`, which has one fine-tuning besides, and a claim

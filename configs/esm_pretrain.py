@@ -5,7 +5,7 @@ packs proteins into rows and asks for 15 % of their residues. The report shows p
 network (composition; the two neighbours), for all questions and for hidden residues alone. See docs/proteins.md.
 
 Recorded (2026-11-25, 3,000 steps, 1.2 million parameters): perplexity 14.3 over all questions, floors 15.17 and 15.07;
-16.95 over hidden residues, floors 18.09 and 17.98. 74 minutes beside other work; a step takes 0.6 s on two free cores.
+16.95 over hidden residues, floors 18.09 and 17.98. 74 minutes beside other work; a step takes 0.72 s on two free cores.
 
     jaxmodels run esm_pretrain
     jaxmodels run esm_pretrain preset=tiny                              # under a minute: checks an installation
