@@ -500,7 +500,7 @@ def _predict_arguments(parser: Parser) -> None:
 
 
 def command_predict(arguments: argparse.Namespace) -> int:
-    """What a finished run says about texts: for text2tree codes, their path in the tree, descriptions and scores."""
+    """What a finished run says about texts: codes, their path in the tree and scores (text2tree); entities (ner)."""
     prepare_jax()
     from train.predict import command
     from train.runtime.table import print_table

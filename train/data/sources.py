@@ -22,6 +22,7 @@ from train.data.gettext_text import read_gettext
 from train.data.locate import Source, locate, read
 from train.data.parallel_text import read_tico19, read_udhr
 from train.data.proteins import SOURCES as PROTEINS
+from train.data.tagged import SOURCES as TAGGED
 from train.data.text import LanguageText, decode, known_language, language_text, mark_variants
 from train.runtime.config import did_you_mean
 
@@ -68,12 +69,12 @@ def text_source(name: str) -> list[LanguageText]:
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` is a source of texts, coded texts or proteins, here or not."""
-    return name.partition(":")[0] in {*SOURCES, *CODED_TEXTS, *PROTEINS, *_OPEN_KINDS}
+    """Whether `name` is a source of texts, coded or tagged ones, or proteins, here or not."""
+    return name.partition(":")[0] in {*SOURCES, *CODED_TEXTS, *PROTEINS, *TAGGED, *_OPEN_KINDS}
 
 
 def where(name: str) -> Path | None:
-    """Where a source of texts, coded texts or proteins is; None if it is missing, or if there is no such source.
+    """Where a source of texts (coded or tagged ones too) or proteins is; None if it is missing or there is no such one.
 
     The order: an explicit path after the colon, ``$JAXMODELS_DATA/<name>``, an installed package that carries it.
     """
@@ -86,7 +87,7 @@ def where(name: str) -> Path | None:
     if rest:
         path = Path(rest).expanduser()
         return path if path.exists() else None
-    source = SOURCES.get(kind) or CODED_TEXTS.get(kind) or PROTEINS.get(kind)
+    source = SOURCES.get(kind) or CODED_TEXTS.get(kind) or PROTEINS.get(kind) or TAGGED.get(kind)
     return locate(source) if source else None
 
 
