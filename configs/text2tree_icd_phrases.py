@@ -19,7 +19,7 @@ from train.text2tree_config import Text2TreeRun, TextDataConfig
 
 __all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
 
-NEEDS = ("icd_phrases",)
+NEEDS = ("icd_phrases", "all-minilm-l6-v2")
 MINUTES: dict[str, float] = {}
 GRIDS = grids(without=("db",))
 

@@ -17,7 +17,7 @@ from train.text2tree_config import Text2TreeRun, TextDataConfig
 
 __all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
 
-NEEDS = ("mesh_pubmed",)
+NEEDS = ("mesh_pubmed", "all-minilm-l6-v2")
 MINUTES: dict[str, float] = {}
 GRIDS = grids(without=("oversampling",))
 
