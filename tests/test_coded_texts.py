@@ -114,6 +114,23 @@ def test_bad_names_splits_trees_and_bytes(tmp_path):
     assert found.warnings() == ["1 byte sequences are not UTF-8, and were replaced"]
 
 
+@pytest.mark.parametrize("more", ["", ";B20;I11"])
+def test_a_part_without_a_code_that_is_learned_is_refused(more, tmp_path):
+    """Nothing could be chosen by it, or measured."""
+    rows = [f"text {i},{CODES[i % 2]}{more},train" for i in range(8)]
+    for odd, other in (("dev", "test"), ("test", "dev")):
+        name = write(tmp_path / "a.csv", [*rows, f"seen,{CODES[0]},{other}", f"one,I10,{odd}", f"two,I12,{odd}"])
+        with pytest.raises(UserError, match=f"none of the 2 {odd} texts has a code that is learned"):
+            coded_texts(name, columns=Columns(split="split"))
+
+
+def test_one_code_is_too_few(tmp_path):
+    rows = [f"text {i},B20,{split}" for i, split in enumerate(("train", "dev", "test") * 3)]
+    for floor, helps in ((1, "give training texts of another code"), (2, "lower data.floor")):
+        with pytest.raises(UserError, match=f"two are needed; {helps}"):
+            coded_texts(write(tmp_path / "a.csv", rows), floor=floor, columns=Columns(split="split"))
+
+
 def test_names_of_codes(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXMODELS_DATA", str(tmp_path))
     (tmp_path / "mesh_tree_2019.tsv.gz").write_text("tree_number\tname\nA01\tBody\nA02\tBone\nB01\tBody\n")

@@ -159,7 +159,9 @@ def _labelled(parts: Mapping[str, list[Text]], whole: Callable[[Sequence[str]], 
     seen = collections.Counter(code for row in parts["train"] for code in set(row.codes))
     classes = sorted(code for code, count in seen.items() if count >= floor)
     if len(classes) < 2:
-        raise UserError(f"{name} has {len(classes)} codes with {floor} training texts or more; lower data.floor")
+        helps = "lower data.floor" if floor > 1 else "give training texts of another code"
+        raise UserError(f"{name} has {len(classes)} codes with {floor} training texts or more, and two are needed; "
+                        f"{helps}")
     tree = whole(classes)
     index = {code: k for k, code in enumerate(tree.classes)}
     every = {code for rows in parts.values() for row in rows for code in row.codes}
@@ -178,6 +180,9 @@ def _labelled(parts: Mapping[str, list[Text]], whole: Callable[[Sequence[str]], 
             for i, row in enumerate(rows):
                 labels[i, [index[code] for code in row.codes if code in index]] = True
             counts[f"{split}_without_label"] = int((~labels.any(1)).sum())
+        if not (labels.any() if multi else len(labels)):
+            raise UserError(f"{name}: none of the {len(parts[split])} {split} texts has a code that is learned; lower "
+                            f"data.floor, or give {split} texts of codes that training texts have")
         counts[f"{split}_texts"] = len(rows)
         out[split] = Part(tuple(row.name for row in rows), tuple(row.text for row in rows), labels)
     return CodedTexts(out, tree, multi, dict(counts))
