@@ -16,10 +16,12 @@ from jaxmodels import cli
 from jaxmodels.errors import Interrupted, UserError
 from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
 from jaxmodels.text2tree.tree import LabelTree
-from tests.tiny_texts import CODES, LEARNS, bert_folder, prepared, run, trained, write
+from tests.tiny_texts import CODES, LEARNS, bert_folder, config, prepared, run, trained, write
 from train import predict, text2tree
+from train.data import records
 from train.data.coded_texts import Columns, coded_texts
-from train.runtime.config import resolve
+from train.runtime.config import resolve, to_dict
+from train.runtime.run_folder import RunFolder
 from train.text2tree_config import METHODS
 from train.text_labels import label_states, tree_arrays, tree_from
 from train.text_reader import Reader, learned
@@ -133,6 +135,27 @@ def test_what_is_amiss_is_told_once(tmp_path, capsys):
         results = json.loads((tmp_path / out / "results.json").read_text())
         assert results["data.multi_label"] and results["data.texts_without_code"] == 1
     assert capsys.readouterr().err.count(f"path:{path}: 1 texts have no code") == 1
+
+
+def test_a_file_that_has_changed_is_not_taken_for_the_old_one(tmp_path):
+    """A run that was begun is refused, and a new one beside it (of a sweep) gets records of its own."""
+    path, shared = write(tmp_path / "notes.csv"), tmp_path / "sweep"
+    cfg = config(path, "method.name=plain")
+
+    def begin(name):
+        with RunFolder.open("text2tree", to_dict(cfg), shared / name) as folder:
+            folder.shared = shared
+            return text2tree.prepare(cfg, folder)
+
+    first = begin("a")
+    assert begin("a").data == begin("b").data == first.data
+    text = (tmp_path / "notes.csv").read_text()
+    (tmp_path / "notes.csv").write_text(text.replace(";B20.1,", ";B20.2,"))
+    with pytest.raises(UserError, match="texts or codes of path:.* have changed since"):
+        begin("a")
+    other = begin("c")
+    labels = np.stack([row["labels"] for row in records.open_records(other.data, "train")])
+    assert np.array_equal(labels, other.source.parts["train"].labels) and other.data != first.data
 
 
 @pytest.mark.parametrize("method", ["plain", "text2tree", "recursive", "hiagm", "logit_adjustment"])

@@ -46,7 +46,7 @@ from train.text_reader import Reader, fingerprint, make_reader
 
 SPLITS = ("train", "dev", "test")
 CHOSEN_BY = "dev_macro_f1"
-ENCODER = "encoder.sha256"  # in the results: `text_reader.fingerprint`
+ENCODER, DATA = "encoder.sha256", "data.sha256"  # in the results: `text_reader.fingerprint`, `CodedTexts.digest`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +82,16 @@ def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = read(cfg)
+    if folder.results().get(DATA, source.digest) != source.digest:
+        raise UserError(f"texts or codes of {cfg.data.name} have changed since {folder.dir} was begun with them; put "
+                        "the old ones back, or train in another folder")
     check_encoder(cfg, folder.dir)
     start = pretrain(cfg, folder, source, mesh) if cfg.encoder.name == "fresh" else None
     reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir, start)
     if now := fingerprint(cfg.encoder):
         folder.write_results({ENCODER: now})
     folder.write_results({f"data.{name}": value for name, value in source.counts.items()}
-                         | {"data.multi_label": source.multi_label})
+                         | {"data.multi_label": source.multi_label, DATA: source.digest})
     if folder.writes:
         for line in source.warnings():
             tell(f"{cfg.data.name}: {line}")
@@ -147,13 +150,18 @@ def check_encoder(cfg: Text2TreeRun, folder: Path) -> None:
                         "another folder")
 
 
+def what_is_read(cfg: Text2TreeRun, source: CodedTexts) -> dict[str, Any]:
+    """On what inputs and TF-IDF depend: a file of one's own may be another one under the same name."""
+    return dataclasses.asdict(cfg.data) | ({"texts": source.digest} if cfg.data.path else {})
+
+
 def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, start: Path | None = None
                  ) -> Path:
     """Inputs and labels of every part, in a ``data-*`` folder of the run (or its sweep); frozen layers run once.
 
     start: the pre-trained encoder, whose pieces the inputs are.
     """
-    about = {"data": dataclasses.asdict(cfg.data), "encoder": cfg.encoder.name, "frozen": cfg.encoder.frozen,
+    about = {"data": what_is_read(cfg, source), "encoder": cfg.encoder.name, "frozen": cfg.encoder.frozen,
              "words": cfg.encoder.words, "seed": cfg.seed if cfg.encoder.name == "cnn" else None}
     if start is not None:
         about["pretraining"] = start.parent.name
@@ -415,7 +423,7 @@ def numbers(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, data: Path
 
 def floor_scores(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts) -> dict[str, np.ndarray]:
     """`text_floors.tfidf`, computed once for all trials of a sweep."""
-    path = folder.shared / f"tfidf-{config_hash(dataclasses.asdict(cfg.data))}.npz"
+    path = folder.shared / f"tfidf-{config_hash(what_is_read(cfg, source))}.npz"
     with folder.alone(path):
         found = load_npz(path)
         if found is None:

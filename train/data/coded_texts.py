@@ -75,6 +75,15 @@ class CodedTexts:
         labels = self.parts["train"].labels
         return labels.sum(0) if self.multi_label else np.bincount(labels, minlength=self.tree.num_classes)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all texts and their labels."""
+        digest = hashlib.sha256(repr((self.tree.names, self.tree.classes)).encode())
+        for part in self.parts.values():
+            digest.update(repr(part.texts).encode())
+            digest.update(part.labels.tobytes())
+        return digest.hexdigest()
+
     def warnings(self) -> list[str]:
         """A line for whatever a reader of the scores must know, with its count."""
         known = collections.Counter(self.counts)
