@@ -23,8 +23,9 @@ from jaxmodels.text2tree.encoders import (
 from jaxmodels.text2tree.losses import LossConfig
 from jaxmodels.text2tree.tree import LabelTree
 from train.runtime.files import save_npz
-from train.text2tree import path_name, restored
-from train.text2tree_config import TextEncoderConfig
+from train.settings import OptimizerConfig
+from train.text2tree import make_tuner, path_name, restored
+from train.text2tree_config import Text2TreeRun, TextEncoderConfig
 
 TREE = LabelTree.from_codes(["A1.1", "A1.2", "B2.1", "B2.2", "B2"])
 K, V = 5, 120
@@ -201,6 +202,15 @@ def test_what_does_not_fit():
         Text2Tree(encoder("cnn"), 4, Text2TreeConfig(), tree=TREE, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="method full needs a label tree"):
         Text2Tree(encoder("cnn"), 4, Text2TreeConfig(), rngs=nnx.Rngs(0))
+
+
+def test_the_states_of_labels_do_not_decay():
+    """Text2tree.md section 4.5; without a gradient nothing but the decay moves them."""
+    cfg = Text2TreeRun(optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.5, clip=0.0))
+    params = {part: {"weight": jnp.ones((2, 2))} for part in ("labels", "head")}
+    optimizer, _ = make_tuner(cfg)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert not updates["labels"]["weight"].any() and (updates["head"]["weight"] < 0).all()
 
 
 @pytest.mark.long

@@ -26,8 +26,10 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
         [up, optax.constant_schedule(top), optax.linear_schedule(top, end, falling)], [warmup, stable_until])
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups") -> optax.GradientTransformation:
-    """The optimizer of a run of `steps`. Parameters below a key named `stacked` carry a leading layer axis.
+def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups", spared: str | None = None
+                   ) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`. Parameters below a key named `stacked` carry a leading layer axis; those below
+    one named `spared` have no weight decay with AdamW. (optax's muon decays all that it gives to AdamW, biases too.)
 
     Muon (Jordan et al. 2024, optax.contrib.muon) orthogonalises every matrix of a stack, and of an expert stack, on its
     own; embeddings, heads, norms and biases go to AdamW.
@@ -35,7 +37,8 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups")
     schedule = make_schedule(cfg, steps)
 
     def is_decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, p: _rank(path, p, stacked) >= 2, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: _rank(path, p, stacked) >= 2 and spared not in _names(path), params)
 
     if cfg.name == "sgd":
         core = optax.sgd(schedule)

@@ -271,8 +271,10 @@ def begin_with_shares(model: Text2Tree, labels: np.ndarray, over: LabelTree | No
 
 
 def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
-    """(optimizer, schedule of the head's rate): the encoder and the label states move at shares of it (section 4.5)."""
-    optimizer, schedule = make_optimizer(cfg.optimizer, cfg.loop.steps), make_schedule(cfg.optimizer, cfg.loop.steps)
+    """(optimizer, schedule of the head's rate): the encoder and the label states move at shares of it, and the latter
+    have no weight decay (section 4.5)."""
+    optimizer = make_optimizer(cfg.optimizer, cfg.loop.steps, spared="labels")
+    schedule = make_schedule(cfg.optimizer, cfg.loop.steps)
 
     def scales(params: Any) -> Any:
         def scale(path: Any, leaf: Any) -> jax.Array:
