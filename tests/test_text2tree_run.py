@@ -9,11 +9,14 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 import analysis.text2tree_report
 from jaxmodels import cli
 from jaxmodels.errors import Interrupted, UserError
+from jaxmodels.hub.tokenizer import Tokenizer
+from jaxmodels.text2tree.encoders import CnnConfig, CnnEncoder
 from jaxmodels.text2tree.hlr import HlrConfig, LabelEmbeddings
 from jaxmodels.text2tree.tree import LabelTree
 from tests.tiny_texts import CODES, LEARNS, bert_folder, config, prepared, run, trained, write
@@ -183,6 +186,21 @@ def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_p
             over = at
             break
     assert over == ends and trial.best.step(60) == chosen
+
+
+@pytest.mark.parametrize("mask", ["[MASK]", "<mask>", "none"])
+def test_the_root_begins_as_a_masked_piece(mask):
+    """RoBERTa spells it otherwise than BERT."""
+    pieces = tokenizers.Tokenizer.from_str(learned(list(CODES), 300).inner.to_str().replace("[MASK]", mask))
+    encoder = CnnEncoder(CnnConfig(pieces.get_vocab_size(), d_embed=6, filters=2), rngs=nnx.Rngs(0))
+    tree, cfg = LabelTree.from_codes(CODES), resolve("text2tree", ["data.path=a.csv", "method.start=label"])
+    reader = Reader(Tokenizer(pieces), encoder, None, None)
+    if mask == "none":
+        with pytest.raises(UserError, match="method.start=label needs a piece"):
+            text2tree.build(cfg, tree, reader)
+        return
+    table = text2tree.build(cfg, tree, reader).labels.nodes[...]
+    assert np.array_equal(table[0], encoder.embed[pieces.token_to_id(mask)]) and np.isfinite(table).all()
 
 
 def test_long_texts_are_read_in_chunks():

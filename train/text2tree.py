@@ -206,7 +206,11 @@ def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
     if ours and method.start != "random":
         whole = reader.lower if reader.lower is not None else getattr(reader.encoder, "bert", reader.encoder)
         pieces = [reader.tokenizer.encode(tree.name_of(node), special=False) for node in range(len(tree))]
-        mask = reader.tokenizer.inner.token_to_id("[MASK]")
+        known = (reader.tokenizer.inner.token_to_id(mask) for mask in ("[MASK]", "<mask>"))  # BERT's, RoBERTa's
+        mask = next((piece for piece in known if piece is not None), None)
+        if mask is None:
+            raise UserError(f"method.start={method.start} needs a piece [MASK] or <mask> for the root of the tree; "
+                            f"encoder.name={cfg.encoder.name} has none: take method.start=random")
         rows = label_rows(tree, pieces, whole.embed[...], mask)
     options = dataclasses.replace(for_inference(cfg), loss=loss_config(method), start=method.start,
                                   attention="gcn" if method.label_encoder == "gcn" else "auto")
