@@ -98,6 +98,8 @@ def test_a_sweep_is_compared_method_by_method(swept):
     assert text2tree_compare.spread(found.methods["plain"], tuned=False)["macro-F1"] == plain["macro-F1"] / 2
     assert "as expected" in text2tree_compare.verdict(ours, plain)
     assert "not as expected" in text2tree_compare.verdict(plain, ours)
+    assert "says little" not in text2tree_compare.verdict(ours, plain)
+    assert "with 1 seed this says little" in text2tree_compare.verdict(ours, plain | {"seeds": 1})
 
 
 @pytest.mark.parametrize("number", text2tree_compare.TESTED)
@@ -124,6 +126,18 @@ def test_the_page(swept):
                  "From plain fine-tuning.", "From TF-IDF.", "At a threshold of 0.5", "development macro-F1",
                  "their first 128 tokens", "Differences from plain.", "<td>gamma=0.1</td>"):
         assert told in page, told
+
+
+def test_a_test_part_without_rare_codes(tmp_path):
+    """The tail third is in no table then, and nothing is claimed of it."""
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"experiment": "text2tree", "grid": "methods"}}))
+    truth, good, bad = some(120)
+    truth[:, :2] = False
+    trial(tmp_path / "plain" / "seed-0", "plain", 0, truth, bad)
+    trial(tmp_path / "text2tree" / "seed-0", "text2tree", 0, truth, good)
+    page = text2tree_compare.build(tmp_path).read_text()
+    assert "no code of the tail third" in page and "as expected" not in page and "tail macro-F1" not in page
+    assert "From plain fine-tuning." in page
 
 
 def test_variants_of_one_method_stand_side_by_side(tmp_path):
