@@ -119,6 +119,8 @@ def test_bad_files(tmp_path):
     (tmp_path / "b.tsv").write_bytes(b"code\tparent\n\xff\xfe\tB\n")
     with pytest.raises(UserError, match="cannot be read"):
         LabelTree.from_tsv(tmp_path / "b.tsv")
+    (tmp_path / "bom.tsv").write_text("\ufeffcode\tparent\nA\t\nB\tA\n", encoding="utf-8")
+    assert LabelTree.from_tsv(tmp_path / "bom.tsv").names == ("A", "B")
     (tmp_path / "c.tsv.gz").write_text("not gzip")
     with pytest.raises(UserError, match="cannot be read"):
         LabelTree.from_tsv(tmp_path / "c.tsv.gz")

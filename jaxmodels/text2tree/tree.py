@@ -250,7 +250,7 @@ def _some(names: Sequence[str]) -> str:
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # Excel begins with a byte order mark
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             if missing := {"code", "parent"} - set(reader.fieldnames or ()):
                 raise UserError(f"{path} has no column {sorted(missing)[0]!r}; it has {reader.fieldnames}")
