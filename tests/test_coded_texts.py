@@ -68,6 +68,19 @@ def test_what_a_reader_must_know(tmp_path):
         "1 test texts have a code that is left out, and are left out too", "1 rows have no text, and are left out"]
 
 
+@pytest.mark.parametrize("codes, odd", [
+    (("A419", "B201", "I10"), 2), (("a41.9", "b20", "I10"), 2), (("4019", "25000"), 2), (("heart", "lung", "A1"), 0),
+    (("A41.9", "B20", "I10"), 0),
+])
+def test_codes_without_their_dots_are_told_of(codes, odd, tmp_path):
+    """Most of them are so, and they are taken for a user's own."""
+    rows = [f"text {i} {split},{code},{split}" for i, code in enumerate(codes) for split in ("train", "dev", "test")]
+    found = coded_texts(write(tmp_path / "a.csv", rows), columns=Columns(split="split"))
+    assert found.tree.classes == tuple(sorted(codes)) and found.counts.get("codes_spelt_otherwise", 0) == odd
+    assert [line.split(":")[0] for line in found.warnings()] == [
+        f"{odd} codes would be ICD or MeSH codes with capitals and a dot, and are taken as they are"] * (odd > 0)
+
+
 def test_without_a_split_the_text_decides(tmp_path):
     rows = [f"text {i},{CODES[i % 4]};B20" for i in range(400)]
     found = coded_texts(write(tmp_path / "a.csv", rows, "text,labels"))

@@ -51,6 +51,12 @@ def check(codes: Sequence[str], counts: Mapping[str, int] | None = None) -> None
                         f"{listed(wrong, valid, counts)}; correct or drop them")
 
 
+def meant(code: str) -> str | None:
+    """The well-formed code that one is with capitals and a dot, ``A41.9`` for ``a419``; None for those without any."""
+    dotted = _dotted(code.upper())
+    return dotted if not fits(code) and fits(dotted) else None
+
+
 def listed(wrong: Sequence[str], valid: Iterable[str], counts: Mapping[str, int] | None = None, most: int = 5) -> str:
     """The first wrong codes, the most frequent where counts are known: ``'A419', 12 times (did you mean 'A41.9'?)``."""
     counts = counts or {}
@@ -67,7 +73,7 @@ def hint(code: str, valid: Iterable[str]) -> str:
     text = str(code)
     valid = valid if hasattr(valid, "__getitem__") else list(valid)
     plain = text.strip().upper().replace(",", ".")
-    dotted = plain if "." in plain or len(plain) <= 3 else f"{plain[:3]}.{plain[3:]}"
+    dotted = _dotted(plain)
     for candidate in (plain, *(dotted[:end].rstrip(".") for end in range(len(dotted), 2, -1))):
         if candidate != text and candidate in valid:
             return f"{text!r} (did you mean {candidate!r}?)"
@@ -77,3 +83,7 @@ def hint(code: str, valid: Iterable[str]) -> str:
         return f"{text!r} (did you mean {dotted!r}?)"
     near = difflib.get_close_matches(text, [name for name in valid if name[:1] == plain[:1]], n=1, cutoff=0.5)
     return f"{text!r} (did you mean {near[0]!r}?)" if near else repr(text)
+
+
+def _dotted(code: str) -> str:
+    return code if "." in code or len(code) <= 3 else f"{code[:3]}.{code[3:]}"

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.text2tree import codes as spelling
 from jaxmodels.text2tree.tree import LabelTree
 from train.data.locate import Source, read
 from train.data.tables import json_lines, one, table, text_of
@@ -89,8 +90,9 @@ class CodedTexts:
         known = collections.Counter(self.counts)
         also, left_out = ({split: known[f"{split}_{what}"] for split in SPLITS} for what in ("also_in_train",
                                                                                             "left_out"))
-        unseen, empty, replaced, bare = (known[name] for name in (
-            "codes_without_training_text", "empty_texts", "invalid_utf8", "texts_without_code"))
+        unseen, empty, replaced, bare, odd = (known[name] for name in (
+            "codes_without_training_text", "empty_texts", "invalid_utf8", "texts_without_code",
+            "codes_spelt_otherwise"))
         told = [
             (sum(also.values()), f"{_listed(also)} texts are in the training part too"),
             (unseen, f"{unseen} codes are on no training text, so they are never given"),
@@ -99,6 +101,8 @@ class CodedTexts:
             (replaced, f"{replaced} byte sequences are not UTF-8, and were replaced"),
             (bare if known["most_codes"] == 1 else 0, f"{bare} texts have no code, and the others one: texts are taken "
              "to have any number of codes; drop those for one code each"),
+            (odd, f"{odd} codes would be ICD or MeSH codes with capitals and a dot, and are taken as they are: without "
+             "a dot no category is above them"),
         ]
         return [line for count, line in told if count]
 
@@ -316,6 +320,8 @@ def _read_csv(path: Path, columns: Columns, tree: str) -> Read:
     if not every:
         raise UserError(f"{path}: column {columns.labels!r} holds no code; several are separated by ; , | or spaces")
     whole(sorted(every), every)  # wrong codes are told of now, those of rare classes too
+    if tree == "codes":
+        counts["codes_spelt_otherwise"] = sum(spelling.meant(code) is not None for code in every)
     return rows, dict(counts), whole
 
 
