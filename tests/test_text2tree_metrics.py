@@ -6,6 +6,8 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score
 
 from jaxmodels.text2tree.tree import LabelTree
 from train import text_metrics as tm
+from train.data.coded_texts import CodedTexts, Part
+from train.text_floors import tfidf
 
 RNG = np.random.default_rng(0)
 N, K = 60, 9
@@ -110,3 +112,12 @@ def test_the_draws_are_those_of_texts():
         counted = tm.counts(TRUTH[rows], said[rows])
         for name, value in {**tm.f1(counted), **tm.bucket_f1(counted, masks)}.items():
             assert name == "macro_f1_all" or np.isclose(found[name][draw], value)
+
+
+def test_tfidf_of_texts_without_a_common_word():
+    """Nothing sets words apart here, and a run would end in an error after all its training."""
+    texts = ("患者发热三天", "持续发热三天", "左肺肿瘤", "右肺肿瘤")
+    labels = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    parts = dict.fromkeys(("train", "dev", "test"), Part(texts, texts, labels))
+    found = tfidf(CodedTexts(parts, LabelTree.from_codes(["A1", "B2"]), True, {}))
+    assert np.array_equal(found["test"] > 0.5, labels) and found["dev"].dtype == np.float32
