@@ -188,6 +188,15 @@ def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_p
     assert over == ends and trial.best.step(60) == chosen
 
 
+def test_a_code_at_the_root_has_no_place_in_a_head_over_nodes():
+    """logits[:, -1], of another node, would stand for it."""
+    tree = LabelTree.from_table([("all", None), ("one", "all"), ("two", "all")], ["all", "one", "two"])
+    plain, nodes = (resolve("text2tree", ["data.path=a.csv", f"method.name={name}"]) for name in ("plain", "htc"))
+    assert text2tree.outputs(plain, tree) == 3
+    with pytest.raises(UserError, match="method.name=htc has no output for the root of the tree, and 'all' is one"):
+        text2tree.outputs(nodes, tree)
+
+
 @pytest.mark.parametrize("mask", ["[MASK]", "<mask>", "none"])
 def test_the_root_begins_as_a_masked_piece(mask):
     """RoBERTa spells it otherwise than BERT."""

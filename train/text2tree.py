@@ -224,8 +224,13 @@ def build(cfg: Text2TreeRun, tree: LabelTree, reader: Reader) -> Text2Tree:
 
 
 def outputs(cfg: Text2TreeRun, tree: LabelTree) -> int:
-    """Of the head: the classes, or all nodes but the root."""
-    return len(tree) - 1 if cfg.method.name in OVER_NODES else tree.num_classes
+    """Of the head: the classes, or all nodes but the root. Raises UserError where the root is a class all the same."""
+    if cfg.method.name not in OVER_NODES:
+        return tree.num_classes
+    if 0 in tree.leaf_index:
+        raise UserError(f"method.name={cfg.method.name} has no output for the root of the tree, and {tree.names[0]!r} "
+                        "is one of the codes; put a node above it in data.tree, or choose another method")
+    return len(tree) - 1
 
 
 def for_inference(cfg: Text2TreeRun) -> Text2TreeConfig:
