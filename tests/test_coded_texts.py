@@ -31,6 +31,12 @@ def test_a_users_own_file(tmp_path):
     assert found.train_counts.sum() == train.labels.sum()
 
 
+def test_quotes_that_pair(tmp_path):
+    rows = [*rows_of(), '"a, ""b""\nand \'c",B20,train', 'd "e" f,B20,train']
+    found = coded_texts(write(tmp_path / "a.csv", rows), columns=Columns(split="split"))
+    assert found.parts["train"].texts[-2:] == ('a, "b"\nand \'c', 'd "e" f')
+
+
 def test_rare_classes_are_left_out_by_the_training_part_alone(tmp_path):
     rows = [*rows_of(), "rare one,I11,train", "rare two,I11,test", "unseen,I12,test"]
     found = coded_texts(write(tmp_path / "a.csv", rows), floor=2, columns=Columns(split="split"))
@@ -95,6 +101,8 @@ def test_without_a_split_the_text_decides(tmp_path):
     ("text,labels", ["some text,"], "holds no code"),
     ("text,labels", ["cut short"], "1 rows have too few columns, lines 2"),
     ("text,labels", ["a,A41.9", "cut, in two,A41.9", "b,B20", "c,B20,"], "2 rows have too many columns, lines 3, 5"),
+    ("labels,text", ["A41.9,a", 'B20,"b', "I10,c"], "line 3: a quotation mark begins a cell and no other ends it"),
+    ("labels,text", ["A41.9,a", 'B20,"b', "I10,c", 'A41.0,"d" and "e"'], "line 3: a quotation mark begins a cell"),
     ("text,labels", ["a,A41.9", "b,401.9"], "ICD-9 and ICD-10 codes are mixed"),
     ("text,labels", ["a,A41.9", "b,A41.0", "c,A419"], r"'A419', once \(did you mean 'A41.9'"),
     ("text,labels", ["a,A41.9;b20", "b,A41.0;A419", "c,A419", "d,I10", "e,I11"],

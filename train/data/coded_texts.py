@@ -361,19 +361,25 @@ def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
         raise UserError(f"{path} cannot be read ({error.strerror}); give a CSV file") from None
     text, replaced = decode(raw)
     counts["invalid_utf8"] = replaced
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for column in columns:
-        if column not in (reader.fieldnames or ()):
-            raise UserError(f"{path} has no column {column!r}; it has {', '.join(reader.fieldnames or ['none'])}: name "
-                            f"them with {keys}")
-    columns, short, long = list(columns), [], []
-    for row in reader:
-        if None in row:  # DictReader's name for what is beyond the last column
-            long.append(reader.line_num)
-        elif any(row[column] is None for column in columns):
-            short.append(reader.line_num)
-        else:
-            yield reader.line_num, row
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns, short, long, before = list(columns), [], [], 0
+    try:
+        for column in columns:
+            if column not in (reader.fieldnames or ()):
+                raise UserError(f"{path} has no column {column!r}; it has {', '.join(reader.fieldnames or ['none'])}: "
+                                f"name them with {keys}")
+        before = reader.line_num
+        for row in reader:
+            before = reader.line_num
+            if None in row:  # DictReader's name for what is beyond the last column
+                long.append(before)
+            elif any(row[column] is None for column in columns):
+                short.append(before)
+            else:
+                yield before, row
+    except csv.Error:  # else all rows up to the next quotation mark would be one text
+        raise UserError(f"{path}: line {before + 1}: a quotation mark begins a cell and no other ends it; put such a "
+                        "text in quotes and double those inside") from None
     for lines, what in ((long, "many"), (short, "few")):
         if lines:
             shown = ", ".join(map(str, lines[:_SHOWN])) + (" ..." if len(lines) > _SHOWN else "")
