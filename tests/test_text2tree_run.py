@@ -249,11 +249,16 @@ def test_bad_input(tmp_path):
 @pytest.mark.parametrize("override, message", [
     ("method.gamma=2", "method.gamma=2"), ("method.name=best", "method.name"), ("encoder.frozen=-1", "encoder.frozen"),
     ("epochs=0", "epochs=0"), ("data.chunks=0", "data.chunks=0 must be at least 1"),
-    ("loop.style=pmap", "loop.style=pmap"),
+    ("loop.style=pmap", "loop.style=pmap"), ("method.labels_rate=-1", "method.labels_rate=-1.0 must be at least 0"),
+    ("method.focal_alpha=2", "method.focal_alpha=2.0 must lie between 0 and 1"),
+    ("data.source=codiesp data.tree=icd10cm", "data.tree=icd10cm is about a CSV .*data.source=codiesp has"),
+    ("encoder.name=cnn encoder.frozen=2", "a cnn encoder is trained whole"),
+    ("method.label_encoder=gcn method.start=fixed", "without a method.label_encoder"),
 ])
 def test_bad_values(override, message):
+    """Those that nothing would read among them."""
     with pytest.raises(UserError, match=message):
-        resolve("text2tree", [override])
+        resolve("text2tree", override.split())
 
 
 # jaxmodels predict

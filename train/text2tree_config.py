@@ -37,6 +37,10 @@ class TextDataConfig:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least {low}")
         if self.limit is not None and self.limit < self.batch:
             raise UserError(f"data.limit={self.limit} must be at least data.batch={self.batch}, or none for all")
+        for name, default in (("text", "text"), ("labels", "labels"), ("split", None), ("tree", "codes")):
+            if self.source and not self.path and getattr(self, name) != default:
+                raise UserError(f"data.{name}={getattr(self, name)} is about a CSV (data.path), and "
+                                f"data.source={self.source} has its own; leave it out")
 
     @property
     def name(self) -> str:
@@ -95,8 +99,8 @@ class TextEncoderConfig:
                 raise UserError(f"encoder.{name}={getattr(self, name)} must be at least {low}")
         if self.trunk is not None and not self.trunk >= 0:
             raise UserError(f"encoder.trunk={self.trunk} must be at least 0")
-        if self.name == "fresh" and self.frozen not in (0, FROZEN):
-            raise UserError(f"encoder.frozen={self.frozen}: a fresh encoder is trained whole; set it to 0")
+        if self.name in OWN and self.frozen not in (0, FROZEN):
+            raise UserError(f"encoder.frozen={self.frozen}: a {self.name} encoder is trained whole; set it to 0")
 
     @property
     def has_pooler(self) -> bool:
@@ -137,6 +141,13 @@ class MethodConfig:
                 raise UserError(f"method.{name}={getattr(self, name)} must be above 0")
         if not 0 <= self.gamma <= 1:
             raise UserError(f"method.gamma={self.gamma} must lie between 0 and 1")
+        for name in ("labels_rate", "focal_gamma", "strength"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"method.{name}={getattr(self, name)} must be at least 0")
+        if not 0 <= self.focal_alpha <= 1:
+            raise UserError(f"method.focal_alpha={self.focal_alpha} must lie between 0 and 1")
+        if (self.label_encoder, self.start) == ("gcn", "fixed"):
+            raise UserError("method.start=fixed is the node table alone, without a method.label_encoder; leave out gcn")
 
 
 @dataclasses.dataclass(frozen=True)
