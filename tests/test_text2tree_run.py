@@ -161,6 +161,20 @@ def test_a_file_that_has_changed_is_not_taken_for_the_old_one(tmp_path):
     assert np.array_equal(labels, other.source.parts["train"].labels) and other.data != first.data
 
 
+@pytest.mark.long
+def test_states_of_other_frozen_layers_are_made_anew(tmp_path):
+    """In a sweep whose encoder is a folder that has been trained on between two of its trials."""
+    path, folders = write(tmp_path / "notes.csv", count=80), []
+    for seed in (0, 1):
+        cfg = config(path, "method.name=plain", f"encoder.name={bert_folder(tmp_path / 'bert', seed)}",
+                     "encoder.frozen=1")
+        with RunFolder.open("text2tree", to_dict(cfg), tmp_path / str(seed)) as folder:
+            folder.shared = tmp_path
+            folders.append(text2tree.prepare(cfg, folder).data)
+    first, second = (records.open_records(folder, "train")[0]["tokens"] for folder in folders)
+    assert first.shape == second.shape and not np.array_equal(first, second)
+
+
 @pytest.mark.parametrize("method", ["plain", "text2tree", "recursive", "hiagm", "logit_adjustment"])
 def test_scores_begin_at_how_often_codes_occur(method, tmp_path):
     """All at one half would take the first epochs to unlearn. (logit_adjustment adds the shares in its loss.)"""

@@ -63,8 +63,8 @@ def trained():
     return run(folder / "out", path, *LEARNS), folder / "out", path
 
 
-def bert_folder(path):
+def bert_folder(path, seed=0):
     """A BERT of two layers with random weights and pieces of its own."""
     tokenizer = learned([" ".join(WORDS.values())], 300)
     cfg = jaxmodels.BertConfig.tiny(vocab_size=tokenizer.vocab_size)
-    return jaxmodels.save(jaxmodels.Bert(cfg, rngs=nnx.Rngs(0)), path, extra_files=tokenizer.files())
+    return jaxmodels.save(jaxmodels.Bert(cfg, rngs=nnx.Rngs(seed)), path, extra_files=tokenizer.files(), overwrite=True)

@@ -39,7 +39,7 @@ from train.runtime.mesh import check_batch, make_mesh
 from train.runtime.run_folder import RESULTS, RunFolder
 from train.runtime.state import Blueprint, State, blueprint
 from train.runtime.step import TrainStep
-from train.text2tree_config import METHODS, OURS, Text2TreeRun
+from train.text2tree_config import METHODS, OURS, Text2TreeRun, TextEncoderConfig
 from train.text_labels import examples, label_states, tree_arrays, tree_from
 from train.text_pretrain import pretrain
 from train.text_reader import Reader, fingerprint, make_reader
@@ -165,6 +165,8 @@ def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reade
              "words": cfg.encoder.words, "seed": cfg.seed if cfg.encoder.name == "cnn" else None}
     if start is not None:
         about["pretraining"] = start.parent.name
+    if cfg.encoder.name != TextEncoderConfig.name and (files := fingerprint(cfg.encoder)):
+        about["files"] = files  # of a folder, which may hold others by now
 
     def prepare(data: Path) -> None:
         splits = {}
