@@ -6,6 +6,7 @@ Then `jaxmodels predict` with the same run: in one file, so that one worker trai
 import csv
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -88,10 +89,14 @@ def test_shares_of_attention_are_those_of_families():
     assert label_states(frozen)[1].shape == (0, 3)
 
 
-def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
     _, out, path = finished
     monkeypatch.setattr(text2tree, "prepare", None)
     run(out, path, *LEARNS)
+    assert "has changed" not in capsys.readouterr().err
+    monkeypatch.setattr(text2tree, "read", lambda cfg: types.SimpleNamespace(digest="of other texts"))
+    run(out, path, *LEARNS)
+    assert f"path:{path} has changed since {out} was trained with it" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -65,6 +65,9 @@ class Trial:
 
 def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
     """Trains or finishes one classifier in a run folder."""
+    if folder.results().get("finished") and has_changed(cfg, folder):
+        tell(f"{cfg.data.name} has changed since {folder.dir} was trained with it, whose results stay as they are; "
+             "train again in another folder")
     experiment.run(cfg, folder, prepare, finish)
     drop_checkpoints(folder)
 
@@ -131,6 +134,17 @@ def read(cfg: Text2TreeRun) -> CodedTexts:
         raise UserError(f"data.batch={data.batch} is more than the {len(source.parts['train'])} training texts; lower "
                         "it")
     return source
+
+
+def has_changed(cfg: Text2TreeRun, folder: RunFolder) -> bool:
+    """Whether the CSV of a finished run is there still, and is another one."""
+    known = folder.results().get(DATA)
+    if not (known and cfg.data.path and Path(cfg.data.path).expanduser().is_file()):
+        return False
+    try:
+        return read(cfg).digest != known
+    except UserError:
+        return True
 
 
 @functools.cache  # of the trials of a sweep the first tells
