@@ -29,10 +29,10 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
 def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups", spared: str | None = None
                    ) -> optax.GradientTransformation:
     """The optimizer of a run of `steps`. Parameters below a key named `stacked` carry a leading layer axis; those below
-    one named `spared` have no weight decay with AdamW. (optax's muon decays all that it gives to AdamW, biases too.)
+    one named `spared` have no weight decay.
 
     Muon (Jordan et al. 2024, optax.contrib.muon) orthogonalises every matrix of a stack, and of an expert stack, on its
-    own; embeddings, heads, norms and biases go to AdamW.
+    own; embeddings, heads, norms and biases go to AdamW, then with Nesterov's momentum.
     """
     schedule = make_schedule(cfg, steps)
 
@@ -45,12 +45,14 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, *, stacked: str = "groups",
     elif cfg.name == "adamw":
         core = optax.adamw(schedule, cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=is_decayed)
     else:
-        core = optax.contrib.muon(
-            schedule, weight_decay=cfg.weight_decay, weight_decay_mask=is_decayed, adam_b1=cfg.beta1,
-            adam_b2=cfg.beta2, adam_weight_decay=cfg.weight_decay,
+        directions = optax.contrib.muon(
+            1.0, adam_b1=cfg.beta1, adam_b2=cfg.beta2,
             consistent_rms=0.2,  # steps as large as AdamW's (Liu et al. 2025, eq. 4), so that one rate serves both
             muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
                 lambda path, p: _dimensions(path, p, stacked), params))
+        # Its own weight decay knows no mask for what it gives to AdamW. Directions point downhill already.
+        core = optax.chain(directions, optax.add_decayed_weights(-cfg.weight_decay, is_decayed),
+                           optax.scale_by_schedule(schedule))
     return optax.chain(optax.clip_by_global_norm(cfg.clip), core) if cfg.clip else core
 
 

@@ -50,7 +50,7 @@ class MeshConfig:
 class OptimizerConfig:
     """How parameters follow their gradients."""
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: matrices by Muon, everything else by AdamW
+    name: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: matrices of layers by Muon, all else by AdamW
     learning_rate: float = 3e-3  # at the top of the schedule
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"  # wsd: warm-up, stable, decay
     warmup: float = 0.05  # share of the steps
