@@ -162,13 +162,13 @@ def _labels(report: Report, states: Arrays, tree: LabelTree, train_counts: np.nd
                        else ""))
     figure, axes = style.new_figure(8.4, 3.8, columns=2)
     names = [tree.classes[k] for k in shown] if len(shown) <= 40 else None
-    for one, key in zip(axes, ("before", "after"), strict=True):
-        style.heat_map(one, cosines(states[key][shown]), names, names, centred=True, vmin=-1, vmax=1)
-        one.set(title=f"{key} training")
+    for one, when in zip(axes, ("before", "after"), strict=True):
+        like = cosines(states[when][shown], states[when][shown])
+        style.heat_map(one, like, names, names, centred=True, vmin=-1, vmax=1)
+        one.set(title=f"{when} training")
     named = np.array(tree.classes)[shown]
-    after = cosines(states["after"][shown])
     report.figure(figure, "Cosines of the states of codes, in the order of the tree.",
-                  {"code": named, **dict(zip(named, after, strict=True))}, "similarity",
+                  {"code": named, **dict(zip(named, like, strict=True))}, "similarity",
                   "Two heat maps of label similarity, before and after training")
     rows = [{"level": level, "training": when, **dict(zip(SHARES, map(float, row), strict=True))}
             for when, key in (("before", "attention_before"), ("after", "attention"))
@@ -179,21 +179,20 @@ def _labels(report: Report, states: Arrays, tree: LabelTree, train_counts: np.nd
     _nearest(report, states, tree, train_counts)
 
 
-def cosines(states: np.ndarray) -> np.ndarray:
-    """float[n, D] -> float32[n, n]."""
-    states = states.astype(np.float32)
-    states = states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
-    return states @ states.T
+def cosines(some: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """float[m, D], float[n, D] -> float32[m, n]."""
+    some, states = (one / np.maximum(np.linalg.norm(one, axis=1, keepdims=True), 1e-12)
+                    for one in (some.astype(np.float32), states.astype(np.float32)))
+    return some @ states.T
 
 
 def _nearest(report: Report, states: Arrays, tree: LabelTree, train_counts: np.ndarray) -> None:
-    like = cosines(states["after"])
-    np.fill_diagonal(like, -np.inf)
+    rare = np.argsort(train_counts, kind="stable")[:NEAREST[0]]
     rows = []
-    for k in np.argsort(train_counts, kind="stable")[:NEAREST[0]]:
-        near = [n for n in np.argsort(-like[k], kind="stable")[:NEAREST[1]] if n != k]
+    for k, like in zip(rare, cosines(states["after"][rare], states["after"]), strict=True):
+        near = [n for n in np.argsort(-like, kind="stable")[:NEAREST[1] + 1] if n != k][:NEAREST[1]]
         rows.append({"code": called(tree, k), "training texts": int(train_counts[k]),
-                     "nearest": "; ".join(f"{called(tree, n)} ({like[k, n]:.2f})" for n in near)})
+                     "nearest": "; ".join(f"{called(tree, n)} ({like[n]:.2f})" for n in near)})
     report.table(rows, caption="The labels nearest to the codes with the fewest training texts, by the states after "
                  "training.", name="nearest")
 

@@ -44,7 +44,7 @@ def test_a_ragged_tree():
     assert RAGGED.names == ("a", "b", "c", "d", "f", "e") and RAGGED.depth.tolist() == [0, 1, 1, 2, 2, 3]
     assert RAGGED.leaf_index.tolist() == [2, 1, 5]
     assert RAGGED.paths.tolist() == [[0, 2, -1, -1], [0, 1, -1, -1], [0, 2, 3, 5]]
-    assert [np.flatnonzero(row).tolist() for row in RAGGED.ancestors()] == [[0, 2], [0, 1], [0, 2, 3, 5]]
+    assert [np.flatnonzero(row).tolist() for row in RAGGED.ancestors().toarray()] == [[0, 2], [0, 1], [0, 2, 3, 5]]
     third = RAGGED.masks(3)
     assert np.array_equal(third.fixed, ones(6, (5, 5), (5, 3))) and not third.sibling.any()
     assert np.array_equal(RAGGED.masks(2).sibling, ones(6, (3, 4), (4, 3)))

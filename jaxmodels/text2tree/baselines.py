@@ -148,7 +148,7 @@ def hierarchical_targets(labels: jax.Array | np.ndarray, tree: LabelTree) -> jax
 
     The head then has N - 1 outputs, of which ``logits[:, tree.leaf_index - 1]`` are the classes.
     """
-    closure = jnp.asarray(tree.ancestors()[:, 1:], jnp.float32)
+    closure = jnp.asarray(tree.ancestors().toarray()[:, 1:], jnp.float32)
     labels = jnp.asarray(labels)
     return closure[labels] if labels.ndim == 1 else jnp.minimum(labels.astype(jnp.float32) @ closure, 1)
 

@@ -24,7 +24,7 @@ def prior(labels: np.ndarray, tree: LabelTree) -> np.ndarray:
 
     0 below the root, which has no state of its own, and for nodes without a text.
     """
-    labels, closure = np.asarray(labels), tree.ancestors().astype(np.float32)
+    labels, closure = np.asarray(labels), tree.ancestors().toarray().astype(np.float32)
     if labels.ndim == 1:
         texts = np.bincount(labels, minlength=tree.num_classes) @ closure
     else:

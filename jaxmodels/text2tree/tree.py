@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree import codes as spelling
@@ -156,12 +157,11 @@ class LabelTree:
             rows, nodes = rows[self.depth[nodes] > 0], self.parent[nodes[self.depth[nodes] > 0]]
         return out
 
-    def ancestors(self) -> np.ndarray:
-        """bool[K, N]: the closure, a class and all that lies above it, the root among them."""
-        out = np.zeros((self.num_classes, len(self)), bool)
+    def ancestors(self) -> sparse.csr_array:
+        """bool[K, N], sparse: the closure, a class and all that lies above it, the root among them."""
         rows, levels = np.nonzero(self.paths >= 0)
-        out[rows, self.paths[rows, levels]] = True
-        return out
+        there = (np.ones(len(rows), bool), (rows, self.paths[rows, levels]))
+        return sparse.csr_array(there, shape=(self.num_classes, len(self)))
 
     def masks(self, level: int) -> Masks:
         """The masks of layer ``level``, 1 to D, dense: for trees of a few thousand nodes."""
