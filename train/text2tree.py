@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree import baselines
-from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig, is_label, predictions
+from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig, predictions
 from jaxmodels.text2tree.hiagm import prior
 from jaxmodels.text2tree.hlr import label_rows
 from jaxmodels.text2tree.losses import LossConfig
@@ -296,18 +296,18 @@ def begin_with_shares(model: Text2Tree, labels: np.ndarray, over: LabelTree | No
 
 
 def make_tuner(cfg: Text2TreeRun) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
-    """(optimizer, schedule of the head's rate): the encoder and the label states move at shares of it, and the latter
-    have no weight decay (section 4.5)."""
+    """(optimizer, schedule of the head's rate): the encoder moves at a share of it, the label states at a tenth of the
+    encoder's and without weight decay (section 4.5). At a tenth of the head's they would leave the encoder behind, and
+    after a hundred steps be one axis, all cosines near 1 or -1 (docs/log.md, 2026-11-26)."""
     optimizer = make_optimizer(cfg.optimizer, cfg.loop.steps, spared="labels")
     schedule = make_schedule(cfg.optimizer, cfg.loop.steps)
 
-    def scales(params: Any) -> Any:
-        def scale(path: Any, leaf: Any) -> jax.Array:
-            first = str(getattr(path[0], "key", path[0]))
-            rate = cfg.method.labels_rate if is_label(path) else cfg.encoder.share if first == "encoder" else 1.0
-            return jnp.float32(rate)
+    share = cfg.encoder.share
+    shares = {"encoder": share, "labels": share * cfg.method.labels_rate}
 
-        return jax.tree_util.tree_map_with_path(scale, params)
+    def scales(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.float32(shares.get(str(getattr(path[0], "key", path[0])), 1.0)), params)
 
     return scaled(optimizer, scales), schedule
 

@@ -126,7 +126,7 @@ class MethodConfig:
     diag_weight: float = 1.0  # of un-mixed pairs
     start: Literal["random", "label", "fixed"] = "random"  # of the node table
     label_encoder: Literal["cascade", "gcn"] = "cascade"  # of text2tree; gcn: a graph convolution, an ablation
-    labels_rate: float = 0.1  # rate of the label states, as a share of the head's
+    labels_rate: float = 0.1  # rate of the label states, as a share of the encoder's
     beta: float = 0.999  # class_balanced
     focal_gamma: float = 2.0
     focal_alpha: float = 0.25

@@ -183,14 +183,6 @@ class Text2Tree(nnx.Module):
         return model
 
 
-def is_label(path: tuple) -> bool:
-    """Whether a parameter is of the group that trains at a tenth of the rate without weight decay (section 4.5).
-
-    path: of a leaf in the state, as ``jax.tree_util.tree_leaves_with_path`` gives it.
-    """
-    return str(getattr(path[0], "key", path[0])) == "labels"
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graphdef, state, tokens, mask, taps):
     return nnx.merge(graphdef, state).forward(tokens, mask, taps)
