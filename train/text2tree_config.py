@@ -119,7 +119,7 @@ class MethodConfig:
     """How the classes are learned; see text2tree.md sections 5 to 7 and 10."""
 
     name: Method = "text2tree"
-    gamma: float = 0.01  # weight of the contrastive loss: text2tree, ssl, gdml, supcon, selfcon
+    gamma: float = 0.001  # weight of the contrastive loss: text2tree, ssl, gdml, supcon, selfcon
     tau: float = 1.0  # its temperature
     sim_temperature: float = 1.0  # of the softmax over label similarities
     include_self: bool = False  # a text among its own positives, as in the released code

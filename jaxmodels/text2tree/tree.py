@@ -10,13 +10,15 @@ import functools
 import gzip
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree import codes as spelling
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 ROOT = "ROOT"
 
@@ -157,11 +159,13 @@ class LabelTree:
             rows, nodes = rows[self.depth[nodes] > 0], self.parent[nodes[self.depth[nodes] > 0]]
         return out
 
-    def ancestors(self) -> sparse.csr_array:
+    def ancestors(self) -> "csr_array":
         """bool[K, N], sparse: the closure, a class and all that lies above it, the root among them."""
+        from scipy.sparse import csr_array
+
         rows, levels = np.nonzero(self.paths >= 0)
         there = (np.ones(len(rows), bool), (rows, self.paths[rows, levels]))
-        return sparse.csr_array(there, shape=(self.num_classes, len(self)))
+        return csr_array(there, shape=(self.num_classes, len(self)))
 
     def masks(self, level: int) -> Masks:
         """The masks of layer ``level``, 1 to D, dense: for trees of a few thousand nodes."""
