@@ -2,8 +2,8 @@
 
 1,861 abstracts to train on, 8.5 labels each. The four lower layers of MiniLM do not move; their states are stored.
 
-Recorded (2026-11-26, one CPU, one seed): macro-F1 0.462 and P@5 0.703, plain fine-tuning 0.463 and 0.703, TF-IDF 0.444
-and 0.692 (docs/text2tree.md).
+Recorded (2026-11-26, one CPU, three seeds): macro-F1 0.470 and P@5 0.698, plain fine-tuning 0.464 and 0.706, TF-IDF
+0.444 and 0.692 (docs/text2tree.md).
 
     jaxmodels run text2tree_mesh
     jaxmodels run text2tree_mesh method.name=plain
