@@ -87,7 +87,7 @@ def _bars(rows: list[dict[str, Any]]) -> Figure:
                       ecolor=style.INK, linewidth=1)
     axes.set_xticks(range(len(groups)), [spelled(group) for group in groups])
     axes.set(ylabel="macro-F1", ylim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
