@@ -31,6 +31,19 @@ def test_a_users_own_file(tmp_path):
     assert found.train_counts.sum() == train.labels.sum()
 
 
+@pytest.mark.parametrize("separator", ";\t")
+def test_cells_apart_by_something_else(tmp_path, separator):
+    rows = [separator.join(f'"{cell}"' for cell in row.split(",")) for row in ["text,labels,split", *rows_of()]]
+    name = write(tmp_path / "a.csv", rows[1:], rows[0])
+    assert np.array_equal(*(coded_texts(path, columns=Columns(split="split")).parts["train"].labels
+                            for path in (name, write(tmp_path / "b.csv", rows_of()))))
+    with pytest.raises(UserError, match="no column 'note'; it has text, labels, split"):
+        coded_texts(name, columns=Columns("note"))
+    what = {";": "semicolons", "\t": "tabs"}[separator]
+    with pytest.raises(UserError, match=f"1 rows have too many columns, lines 32; quote texts with {what}"):
+        coded_texts(write(tmp_path / "a.csv", [*rows[1:], separator.join("abcd")], rows[0]))
+
+
 def test_quotes_that_pair(tmp_path):
     rows = [*rows_of(), '"a, ""b""\nand \'c",B20,train', 'd "e" f,B20,train']
     found = coded_texts(write(tmp_path / "a.csv", rows), columns=Columns(split="split"))

@@ -192,6 +192,15 @@ def test_scores_begin_at_how_often_codes_occur(method, tmp_path):
     np.testing.assert_allclose(shares, 0.5 if method == "logit_adjustment" else labels.mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["plain", "htc", "hiagm"])
+def test_so_do_sigmoids_over_nodes_where_texts_have_one_code(method, tmp_path):
+    trial = prepared(tmp_path / "out", write(tmp_path / "notes.csv", multi=False), f"method.name={method}")
+    labels, tree = trial.source.parts["train"].labels, trial.source.tree
+    shares = 1 / (1 + np.exp(-np.asarray(trial.start.head.out_bias[...], float)))
+    below = [np.mean([node in tree.paths[label] for label in labels]) for node in range(1, len(tree))]
+    np.testing.assert_allclose(shares, 0.5 if method == "plain" else below, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method, ends, chosen", [("plain", 18, 6), ("ldam_drw", None, 54)])
 def test_re_weighting_has_begun_before_training_ends(method, ends, chosen, tmp_path):
     """Of 60 steps in 10 epochs ldam_drw re-weights the last 12; the scores are best before that."""

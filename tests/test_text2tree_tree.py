@@ -45,6 +45,8 @@ def test_a_ragged_tree():
     assert RAGGED.leaf_index.tolist() == [2, 1, 5]
     assert RAGGED.paths.tolist() == [[0, 2, -1, -1], [0, 1, -1, -1], [0, 2, 3, 5]]
     assert [np.flatnonzero(row).tolist() for row in RAGGED.ancestors().toarray()] == [[0, 2], [0, 1], [0, 2, 3, 5]]
+    assert RAGGED.texts_below(np.array([2, 0, 2])).tolist() == [3, 0, 3, 2, 0, 2]
+    assert RAGGED.texts_below(np.array([[1, 1, 0], [1, 0, 1]], bool)).tolist() == [2, 1, 2, 1, 0, 1]
     third = RAGGED.masks(3)
     assert np.array_equal(third.fixed, ones(6, (5, 5), (5, 3))) and not third.sibling.any()
     assert np.array_equal(RAGGED.masks(2).sibling, ones(6, (3, 4), (4, 3)))

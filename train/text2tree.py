@@ -266,8 +266,9 @@ def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, read
     epoch = len(part) // cfg.data.batch  # of the texts there are, not of their repetitions: equal budgets
     cfg = dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, steps=cfg.epochs * epoch, evaluate_every=epoch))
     start = build(cfg, source.tree, reader)
-    if source.multi_label and cfg.method.name != "logit_adjustment":  # which adds the shares in its loss
-        begin_with_shares(start, labels, source.tree if cfg.method.name in OVER_NODES else None)
+    over = cfg.method.name in OVER_NODES
+    if over or (source.multi_label and cfg.method.name != "logit_adjustment"):  # which adds the shares in its loss
+        begin_with_shares(start, source.tree.texts_below(labels)[1:] if over else labels.sum(0), len(labels))
     if cfg.method.name == "hiagm":
         start.head.prior[...] = jnp.asarray(prior(labels, source.tree))
     optimizer, schedule = make_tuner(cfg)
@@ -283,15 +284,14 @@ def plan_training(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, read
     return Trial(cfg, folder, source, data, start, best, task, mesh)
 
 
-def begin_with_shares(model: Text2Tree, labels: np.ndarray, over: LabelTree | None) -> None:
-    """Sets the head's biases so that its scores begin at the share of training texts that have a code (Lin et al. 2017,
-    section 3.3), of labels {0, 1}[n, K]; over: the tree whose nodes are the outputs.
+def begin_with_shares(model: Text2Tree, counts: np.ndarray, texts: int) -> None:
+    """Sets the head's biases so that its scores, sigmoids, begin at the share of training texts that have a code (Lin
+    et al. 2017, section 3.3). counts: texts of each output, of all ``texts``.
 
     Zero biases would give every code to half of the texts, and rare codes take most of a short training to unlearn that
     (docs/log.md).
     """
-    targets = np.asarray(labels if over is None else baselines.hierarchical_targets(labels, over))
-    share = np.clip(targets.mean(0), 1 / (2 * len(targets)), 1 - 1 / (2 * len(targets)))  # finite where none or all
+    share = np.clip(counts / texts, 1 / (2 * texts), 1 - 1 / (2 * texts))  # finite where none or all
     getattr(model.head, "pooled", model.head).out_bias[...] = jnp.asarray(np.log(share / (1 - share)), jnp.float32)
 
 

@@ -24,11 +24,7 @@ def prior(labels: np.ndarray, tree: LabelTree) -> np.ndarray:
 
     0 below the root, which has no state of its own, and for nodes without a text.
     """
-    labels, closure = np.asarray(labels), tree.ancestors().toarray().astype(np.float32)
-    if labels.ndim == 1:
-        texts = np.bincount(labels, minlength=tree.num_classes) @ closure
-    else:
-        texts = (labels.astype(np.float32) @ closure > 0).sum(0)
+    texts = tree.texts_below(np.asarray(labels))
     above = texts[tree.parent[1:]]
     return np.float32(np.where((tree.parent[1:] > 0) & (above > 0), texts[1:] / np.maximum(above, 1), 0))
 

@@ -167,6 +167,15 @@ class LabelTree:
         there = (np.ones(len(rows), bool), (rows, self.paths[rows, levels]))
         return csr_array(there, shape=(self.num_classes, len(self)))
 
+    def texts_below(self, labels: np.ndarray) -> np.ndarray:
+        """Texts of each node, those of the classes below it among them: int[N]; labels int[n] or {0, 1}[n, K]."""
+        from scipy.sparse import csr_array
+
+        closure = self.ancestors().astype(np.int64)
+        if labels.ndim == 1:
+            return np.bincount(labels, minlength=self.num_classes) @ closure
+        return (csr_array(labels).astype(np.int64) @ closure > 0).sum(0)
+
     def masks(self, level: int) -> Masks:
         """The masks of layer ``level``, 1 to D, dense: for trees of a few thousand nodes."""
         here = self.depth == level

@@ -37,6 +37,8 @@ TREE_FILE, MESH_LABELS, MESH_TREE = ("icd10cm_2026_tree.tsv.gz", "text2tree_top1
 _SEPARATORS = re.compile(r"[;|,\s]+")
 _SHARES = (("train", 64), ("dev", 16), ("test", 20))  # of a user's texts, in percent (spec section 8)
 _SHOWN = 5  # rows that an error names
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a CSV's cells
+_HEADER = 2**16  # characters, in which a CSV's first line ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +353,15 @@ def _whole_icd10cm() -> LabelTree:
     return read(found, name)
 
 
+def _delimiter(text: str, columns: Sequence[str]) -> str:
+    """What separates the cells: where the comma is a decimal point, spreadsheets write semicolons."""
+    def found(delimiter: str) -> tuple[int, int]:
+        header = next(csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=delimiter), [])
+        return sum(column in header for column in columns), len(header)
+
+    return max(_DELIMITERS, key=found)
+
+
 def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
              keys: str = "data.text, data.labels and data.split") -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a CSV that has some columns; keys: with what they are named. UserError for what cannot be read."""
@@ -361,8 +372,8 @@ def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
         raise UserError(f"{path} cannot be read ({error.strerror}); give a CSV file") from None
     text, replaced = decode(raw)
     counts["invalid_utf8"] = replaced
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     columns, short, long, before = list(columns), [], [], 0
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(text, columns))
     try:
         for column in columns:
             if column not in (reader.fieldnames or ()):
@@ -384,4 +395,4 @@ def csv_rows(path: Path, columns: Iterable[str], counts: collections.Counter,
         if lines:
             shown = ", ".join(map(str, lines[:_SHOWN])) + (" ..." if len(lines) > _SHOWN else "")
             raise UserError(f"{path}: {len(lines)} rows have too {what} columns, lines {shown}; quote texts with "
-                            "commas or line breaks")
+                            f"{_DELIMITERS[reader.reader.dialect.delimiter]} or line breaks")
