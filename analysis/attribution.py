@@ -91,7 +91,7 @@ def class_probability(labels: Int[Any, "B"]) -> Partial:
 
 
 def class_logit(labels: Int[Any, "B"]) -> Partial:
-    return Partial(functools.partial(_picked_class, probability=False), jnp.asarray(labels))
+    return Partial(_picked_logit, jnp.asarray(labels))
 
 
 def token_probability(positions: Int[Any, "B"], tokens: Int[Any, "B"]) -> Partial:
@@ -100,11 +100,14 @@ def token_probability(positions: Int[Any, "B"], tokens: Int[Any, "B"]) -> Partia
     return Partial(_picked_token, jnp.asarray(positions), jnp.asarray(tokens))
 
 
-def _picked_class(labels, logits, probability=True):
+def _picked_class(labels, logits):
+    return _picked_logit(labels, jax.nn.softmax(logits))
+
+
+def _picked_logit(labels, logits):  # of its own: a functools.partial, made anew in every call, would compile again
     if len(labels) != len(logits):  # take_along_axis would give one label to all
         raise UserError(f"{len(labels)} labels for {len(logits)} examples; give one for each")
-    value = jax.nn.softmax(logits) if probability else logits
-    return jnp.take_along_axis(value, jnp.where(labels < 0, logits.shape[-1], labels)[:, None], -1, mode="fill")[:, 0]
+    return jnp.take_along_axis(logits, jnp.where(labels < 0, logits.shape[-1], labels)[:, None], -1, mode="fill")[:, 0]
 
 
 def _picked_token(positions, tokens, logits):

@@ -134,6 +134,14 @@ def test_rules_integrate_polynomials():
         assert np.isclose(w.sum(), 1) and np.isclose((w * x**degree).sum(), 1 / (degree + 1))
 
 
+def test_targets_of_other_examples_are_the_same_program():
+    for first, second in ((class_probability([0]), class_probability([1])), (class_logit([0]), class_logit([1])),
+                          (token_probability([0], [5]), token_probability([1], [6]))):
+        assert jax.tree.structure(first) == jax.tree.structure(second), "what differs compiles again in every call"
+    logits = jnp.array([[1.0, 3.0]])
+    assert class_logit([1])(logits) == 3 and class_probability([1])(logits) == pytest.approx(1 / (1 + np.exp(-2)))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["site", "gate", "conductance"])
 def test_chunks_batches_padding_and_token_sums_change_nothing(mode):
