@@ -113,6 +113,8 @@ def test_quality_curves_show_values_and_intervals(log):
     assert "scheme 8" in texts(figure)
     single = figures.quality_curves([50], {"a": [Interval(1, 0, 2)]})
     assert "nats a token" in texts(single)
+    once = figures.quality_curves([50], {"a": [Interval(1, 0.5, 0.5)]}, log=log)  # prune.bootstrap=1
+    assert once.axes[0].containers[0].lines[0].get_ydata() == 1
 
 
 def test_change_matrix_leaves_what_was_not_measured_empty():

@@ -179,8 +179,10 @@ def quality_curves(x: Sequence[float], schemes: Mapping[str, Sequence[Interval]]
     step = np.ptp(x) / 160 if len(x) > 1 else 0.01
     for number, (name, intervals) in enumerate(schemes.items()):
         value, low, high = np.array([tuple(i) for i in intervals]).T
-        # Moved sideways a little, so that intervals of equal share do not hide each other.
-        axes.errorbar(x + step * (number - (len(schemes) - 1) / 2), value, [value - low, high - value], label=name,
+        # Of few resamplings the interval may not hold the value, and no error bar is negative. Moved sideways a little,
+        # so that intervals of equal share do not hide each other.
+        ends = np.maximum([value - low, high - value], 0)
+        axes.errorbar(x + step * (number - (len(schemes) - 1) / 2), value, ends, label=name,
                       color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)], capsize=2,
                       linestyle="-" if number < len(PALETTE) else "--", elinewidth=1)
     axes.axhline(0, color=INK, linewidth=0.8)
