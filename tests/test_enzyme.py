@@ -282,6 +282,19 @@ def test_pretraining_tells_floors_and_leaves_a_model(pretrained):
     assert "floor.unigram_perplexity" in build(out).read_text()
 
 
+def test_questions_of_which_none_is_hidden(files, tmp_path, monkeypatch):
+    cfg = resolve("esm_pretrain", ["preset=tiny", f"data.source=path:{files[0]}", "data.validation_rows=8",
+                                   "masking.hidden=0"])
+    with RunFolder.open("esm_pretrain", to_dict(cfg), tmp_path / "out", operational=cfg.operational) as folder:
+        data = protein_pretrain.prepare_data(cfg, folder)
+        found = protein_pretrain.floors(cfg, folder, data)
+    assert set(found) == {"floor.unigram_perplexity", "floor.neighbours_perplexity"}
+    monkeypatch.setattr(protein_pretrain.experiment, "evaluator", lambda *arguments: arguments[-1])
+    numbers = protein_pretrain.make_evaluation(cfg, None, cfg.model.encoder(), None, data)
+    assert set(numbers(dict.fromkeys(protein_pretrain.SUMS, 0.0) | {"weight": 4.0, "nll": 8.0, "correct": 1.0})) == {
+        "validation_loss", "validation_perplexity", "validation_accuracy"}
+
+
 @pytest.mark.long
 def test_pretraining_goes_on_where_it_stopped(pretrained, tmp_path):
     _, whole, overrides = pretrained

@@ -150,19 +150,26 @@ def _validation_batches(cfg: ProteinPretrainConfig, data: Path) -> int:
 
 def make_evaluation(cfg: ProteinPretrainConfig, plan: Blueprint, encoder: EsmConfig, mesh: Mesh, data: Path
                     ) -> Callable[[State, Callable[[], None]], dict[str, float]]:
-    """(state, check) -> validation_loss, _perplexity, _accuracy over held-out families, and of hidden residues alone.
+    """(state, check) -> validation_loss, _perplexity, _accuracy over held-out families, and of hidden residues alone,
+    if there are any.
 
     The questions are the same in every evaluation: the part is read once, in its order.
     """
     def numbers(total: dict[str, float]) -> dict[str, float]:
-        loss, hidden = total["nll"] / total["weight"], total["hidden_nll"] / total["hidden_weight"]
-        return {"validation_loss": loss, "validation_perplexity": math.exp(loss),
-                "validation_accuracy": total["correct"] / total["weight"], "validation_hidden_loss": hidden,
-                "validation_hidden_perplexity": math.exp(hidden),
-                "validation_hidden_accuracy": total["hidden_correct"] / total["hidden_weight"]}
+        found = {}
+        for kind in kinds(total):
+            loss = total[f"{kind}nll"] / total[f"{kind}weight"]
+            found |= {f"validation_{kind}loss": loss, f"validation_{kind}perplexity": math.exp(loss),
+                      f"validation_{kind}accuracy": total[f"{kind}correct"] / total[f"{kind}weight"]}
+        return found
 
     return experiment.evaluator(cfg, plan, mesh, MaskedLanguageModel(encoder.mask_id), SUMS, FIELDS,
                                 lambda: open_batches(cfg, data, "validation"), _validation_batches(cfg, data), numbers)
+
+
+def kinds(total: dict[str, float]) -> tuple[str, ...]:
+    """Of all questions, and of the hidden ones, of which masking.hidden=0 has none."""
+    return ("", "hidden_") if total["hidden_weight"] else ("",)
 
 
 def floors(cfg: ProteinPretrainConfig, folder: RunFolder, data: Path) -> dict[str, float]:
@@ -181,11 +188,8 @@ def floors(cfg: ProteinPretrainConfig, folder: RunFolder, data: Path) -> dict[st
         for _, batch in zip(range(rows), batches, strict=False):
             for name, value in floor_sums(counts, batch, cfg.masking).items():
                 total[name] = total.get(name, 0.0) + value
-    found = {}
-    for name in ("unigram", "neighbours"):
-        found[f"floor.{name}_perplexity"] = math.exp(total[f"{name}_nll"] / total["weight"])
-        found[f"floor.{name}_hidden_perplexity"] = math.exp(total[f"{name}_hidden_nll"] / total["hidden_weight"])
-    return found
+    return {f"floor.{name}_{kind}perplexity": math.exp(total[f"{name}_{kind}nll"] / total[f"{kind}weight"])
+            for name in ("unigram", "neighbours") for kind in kinds(total)}
 
 
 # The end
@@ -205,7 +209,7 @@ def finish(cfg: ProteinPretrainConfig, folder: RunFolder, plan: Blueprint, encod
     results |= experiment.run_numbers(trained, nnx.state(model, nnx.Param),
                                       cfg.data.batch * cfg.data.length, cost)
     known = folder.results()
-    for kind in ("", "hidden_"):
+    for kind in (kind for kind in ("", "hidden_") if f"validation_{kind}loss" in results):
         for floor in ("unigram", "neighbours"):
             results[f"below_{floor}_{kind}nats"] = \
                 math.log(known[f"floor.{floor}_{kind}perplexity"]) - results[f"validation_{kind}loss"]
