@@ -1,5 +1,8 @@
 """Scores of predicted codes, against scikit-learn and by hand."""
 
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_score
@@ -121,3 +124,14 @@ def test_tfidf_of_texts_without_a_common_word():
     parts = dict.fromkeys(("train", "dev", "test"), Part(texts, texts, labels))
     found = tfidf(CodedTexts(parts, LabelTree.from_codes(["A1", "B2"]), True, {}))
     assert np.array_equal(found["test"] > 0.5, labels) and found["dev"].dtype == np.float32
+
+
+def test_the_nearest_phrase_takes_no_memory_of_classes_by_classes():
+    texts = ("fever for three days", "a broken arm", "a tumour of the lung")
+    parts = dict.fromkeys(("train", "dev", "test"), Part(texts, texts, np.array([19_999, 7, 0])))
+    tracemalloc.start()
+    found = tfidf(SimpleNamespace(parts=parts, tree=SimpleNamespace(num_classes=20_000), multi_label=False))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["test"].argmax(1).tolist() == [19_999, 7, 0] and found["test"].dtype == np.float32
+    assert found["test"].sum() == 3 and peak < 100e6

@@ -3,6 +3,7 @@
 import numpy as np
 
 from train.data.coded_texts import CodedTexts
+from train.text_metrics import one_hot
 
 CHARACTERS = {"analyzer": "char_wb", "ngram_range": (3, 4), "sublinear_tf": True, "dtype": np.float32}
 
@@ -25,7 +26,7 @@ def tfidf(source: CodedTexts) -> dict[str, np.ndarray]:
             asked = words.transform(source.parts[split].texts)
             nearest = np.concatenate([np.asarray((asked[i:i + 256] @ known.T).argmax(1)).ravel()
                                       for i in range(0, asked.shape[0], 256)])
-            found[split] = np.eye(source.tree.num_classes, dtype=np.float32)[train.labels[nearest]]
+            found[split] = one_hot(train.labels[nearest], source.tree.num_classes).astype(np.float32)
         return found
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
