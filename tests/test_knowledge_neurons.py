@@ -453,6 +453,14 @@ def test_a_claim_holds_in_every_fine_tuning_or_is_open():
     assert verdicts((-0.1, -0.2, -0.05), each=(-0.2, -0.3, 0.2))["drop.ig_gate.random"] == claims.OPEN
 
 
+def test_a_fine_tuning_that_cannot_tell_a_class_from_others_leaves_it_open():
+    cfg, found = table()
+    every = {name: one | {"low": 0.05, "each": [0.1] * 3} for name, one in found["specificity"].items()}
+    alone = {name: one | {"each": [0.1]} for name, one in every.items()}
+    assert claims.judged_specificity(cfg, {"specificity": every})[0] == claims.YES
+    assert claims.judged_specificity(cfg, {"specificity": alone})[0] == claims.OPEN
+
+
 def test_the_rankings_that_can_tell_judge_keys_in_every_fine_tuning():
     assert verdicts(keys=1.1)["keys"] == claims.NO and verdicts(keys=2.0, least=1.2)["keys"] == claims.OPEN
     row = next(row for row in claims.statements(*table()) if row["name"] == "keys")

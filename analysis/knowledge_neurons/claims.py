@@ -144,6 +144,8 @@ def judged_specificity(cfg: StudyConfig, found: Mapping[str, Any]) -> tuple[str,
                      "classes)" for name, one in rows.items())
     if len(rows) < 2:
         return OPEN, text + "; both ablations are needed" if text else "no two classes have scores and test proteins"
+    if any(len(one["each"]) < cfg.fine_tunings for one in rows.values()):
+        return OPEN, f"{text}; in other fine-tunings no two classes have scores and test proteins"
     return judged(list(rows.values()), text)
 
 
