@@ -687,3 +687,6 @@ def test_what_is_not_an_enzyme_classifier(model, tmp_path):
     jaxmodels.save(model, tmp_path / "model")
     with pytest.raises(UserError, match="7 classes"):
         study.classifier(resolve("esm_knowledge_neurons", [f"tuned={tmp_path}"]), None, 0, "here")
+    (tmp_path / "results.json").write_text('{"setting": "easy"}')  # near_eval: homologs of the test part
+    with pytest.raises(UserError, match="easy setting"):
+        study.classifier(resolve("esm_knowledge_neurons", [f"tuned={tmp_path}"]), None, 0, "here")

@@ -24,7 +24,8 @@ of the abstract are known here: nothing below reproduces its numbers or contradi
   intervals of the mean when test proteins, and random masks, are drawn anew; a claim is supported only where every
   fine-tuning agrees too. Another pre-training may differ by more.
 - Pre-training reads the sequences, without labels, of the whole corpus: homologs of test proteins are among them
-  (docs/proteins.md has the counts). The labels of the strict training part share no cluster with a test protein.
+  (docs/proteins.md has the counts). The labels of the strict training part share no cluster with a test protein; the
+  easy one (`enzyme.settings=easy`) adds homologs of test proteins.
 - What `bottom` and the methods that no statement reads lose when they are dropped is not asked.
 - Keeping random neurons with the others at 0 fails quickly, for the norms' statistics shift; mean ablation is the
   fairer comparison.

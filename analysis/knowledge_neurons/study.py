@@ -30,7 +30,7 @@ from jaxmodels.esm.model import Esm
 from train import enzyme, protein_pretrain
 from train.enzyme import CLASSES, TRAINED, Labelled
 from train.runtime.config import to_dict
-from train.runtime.files import write_json
+from train.runtime.files import read_json, write_json
 from train.runtime.run_folder import RunFolder
 
 
@@ -87,7 +87,10 @@ def start_of(cfg: StudyConfig, folder: RunFolder) -> str:
 def classifier(cfg: StudyConfig, folder: RunFolder, number: int, start: str) -> Esm:
     """A fine-tuned encoder, from a stage or from elsewhere. Raises UserError for one without seven classes."""
     if cfg.given:
-        name = cfg.given[number]
+        name, ours = cfg.given[number], cfg.enzyme.settings[0]
+        if (theirs := (read_json(Path(name).expanduser() / "results.json") or {}).get("setting", ours)) != ours:
+            raise UserError(f"tuned={name} was trained in the {theirs} setting, and its neurons would be scored and "
+                            f"tested in the {ours} one; give a run of settings={ours}, or set enzyme.settings={theirs}")
         inside = Path(name).expanduser() / "model"
         model: Any = jaxmodels.load(inside if inside.is_dir() else name, dtype="float32")
         if not isinstance(model, Esm) or model.cfg.classes != CLASSES:
