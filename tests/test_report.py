@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from analysis.report import Report, compare, generic, style
-from analysis.report.html import display, markdown
+from analysis.report.html import display, markdown, percent
 from jaxmodels.errors import UserError
 
 HOSTILE = [
@@ -160,6 +160,11 @@ def test_numbers_are_right_aligned_and_sort_by_their_full_value():
 )  # fmt: skip
 def test_display(value, shown):
     assert display(value) == shown
+
+
+def test_shares_that_differ_are_written_apart():
+    shares = (0.001, 0.002, 0.07, 0.125, 0.12, 0.29, 1.0)
+    assert [percent(share) for share in shares] == ["0.1%", "0.2%", "7%", "12.5%", "12%", "29%", "100%"]
 
 
 def test_coloured_text():

@@ -11,7 +11,7 @@ from analysis.atlas.classes import CLASSES
 from analysis.atlas.families import Curve, Dendrogram
 from analysis.atlas.intervals import Interval
 from analysis.atlas.rules import BEST, MAIN
-from analysis.report.html import Report
+from analysis.report.html import Report, percent
 from train.runtime.files import load_npz, read_json
 
 NEURONS = "neuron contribution uniform"
@@ -91,8 +91,8 @@ def _maps(report, data, languages, config, results) -> None:
     f = data[f"frequency_{share:g}"]
     names, families = [x["name"] for x in languages], [x["family"] or None for x in languages]
     report.section("Which experts each language uses",
-                   f"An expert is used by a token if it is among the {share:.0%} that contribute most. 1 is chance; "
-                   "rows that look alike are languages that use the same experts.")
+                   f"An expert is used by a token if it is among the {percent(share)} that contribute most. 1 is "
+                   "chance; rows that look alike are languages that use the same experts.")
     for layer in dict.fromkeys((0, f.shape[1] // 2, f.shape[1] - 1)):
         report.figure(figures.language_map(f[:, layer], names, data["order"], layer, families=families),
                       f"Layer {layer}: how often each language uses each expert, relative to chance.",
@@ -204,16 +204,16 @@ def _pruning(report, rows, means, speed, results) -> None:
                 alt=f"Excess loss against speed-up, {phase}",
                 data=[{"share": share, "speedup": faster[phase, share], **found[NEURONS, share, True]._asdict()}
                       for share in timed])
-    report.table([{"rule": s, **{f"{share:.0%} kept": found[s, share, True].value for share in shares}}
+    report.table([{"rule": s, **{f"{percent(share)} kept": found[s, share, True].value for share in shares}}
                   for s in schemes], caption="Excess loss, nats a token, in the language whose list it is.",
                  name="pruning-own")
-    report.table([{"rule": s, **{f"{share:.0%} kept": found[s, share, False].value for share in shares}}
+    report.table([{"rule": s, **{f"{percent(share)} kept": found[s, share, False].value for share in shares}}
                   for s in dict.fromkeys(r["scheme"] for r in means if not r["own"])],
                  caption="The same lists read in other languages: what is lost there.", name="pruning-other")
     panel = len({r["language"] for r in rows})
     report.text("Frequency pruning is clearly better than random pruning (intervals that do not overlap, every seed) "
                 "in " + ", ".join(f"{results[f'frequency_beats_random_clearly_{s:g}']} of {panel} languages at "
-                                  f"{s:.0%}" for s in shares) + ".")
+                                  f"{percent(s)}" for s in shares) + ".")
     report.table(rows, caption="Every measurement.", name="pruning-all")
 
 
@@ -231,10 +231,10 @@ def _recovery(report, rows, config, results) -> None:
         for r in rows:
             if r["language"] == lang:
                 row["dense loss"] = r["dense"]
-                row[f"{r['share']:.0%} {r['step']}"] = r["excess"]
+                row[f"{percent(r['share'])} {r['step']}"] = r["excess"]
         table.append(row)
     columns = dict.fromkeys((r["share"], r["step"]) for r in rows)
-    table.append({"language": "mean", **{f"{share:.0%} {step}": results[f"recovery_{step}_{share:g}"]
+    table.append({"language": "mean", **{f"{percent(share)} {step}": results[f"recovery_{step}_{share:g}"]
                                          for share, step in columns}})
     report.table(table, caption="Excess loss, nats a token. Means are over the languages that have the column.",
                  name="recovery")
@@ -245,7 +245,7 @@ def _speed(report, rows) -> None:
                    "ceiling is what Amdahl's law allows, from the feed-forward layers' share of the time, measured in "
                    "the same run.")
     drawn = [r for r in rows if r["share"] < 1]
-    report.figure(figures.speed_bars([f"{r['phase']}, {r['share']:.0%} kept" for r in drawn],
+    report.figure(figures.speed_bars([f"{r['phase']}, {percent(r['share'])} kept" for r in drawn],
                                      [r["speedup"] for r in drawn], [r["ceiling"] for r in drawn]),
                   "Speed-up over the dense model, and the most it could be.", name="speed", alt="Speed-up bars",
                   data=rows)

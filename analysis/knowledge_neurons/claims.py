@@ -15,6 +15,7 @@ from analysis.knowledge_neurons import where
 from analysis.knowledge_neurons.config import StudyConfig
 from analysis.knowledge_neurons.methods import JUDGED, PRIMARY, controls
 from analysis.knowledge_neurons.tables import Rows
+from analysis.report.html import percent
 
 YES, NO, OPEN = "supported", "not supported", "not decidable"
 # Rankings of section 5.1 that can speak for or against a site. `activation_scaled` stands in for the ranking by
@@ -123,7 +124,7 @@ def judged_site(cfg: StudyConfig, found: Mapping[str, Any], site: str) -> tuple[
             refuted |= never
             how = "above" if passed[ranking] else "not above" if never else "in some fine-tunings above"
             told.append(f"{ranking} {' / '.join(format(row['enrichment'], '.2f') for row in mine)} ({how} chance)")
-    text = (f"enrichment of {site} at {' / '.join(f'{share:.0%}' for share in cfg.where.shares)} (mean of the "
+    text = (f"enrichment of {site} at {' / '.join(map(percent, cfg.where.shares))} (mean of the "
             f"fine-tunings; above chance: in each of them at every share; not above: in none at one share): "
             f"{'; '.join(told)}. The ranking by quantiles, which 5.1 "
             "asks for, has an enrichment of 1 in every site by construction and cannot tell; activation_scaled judges "

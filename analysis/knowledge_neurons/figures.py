@@ -10,6 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from analysis.attribution import SITES
 from analysis.knowledge_neurons.methods import DRAWN
+from analysis.report.html import percent
 from analysis.report.style import GRID, INK, PALETTE, heat_map, new_figure
 
 MARKERS = "osD^vPX*<>"
@@ -115,7 +116,7 @@ def places(rows: Sequence[Mapping[str, Any]], ranking: str, share: float) -> Fig
     if marked:
         y, x = zip(*marked, strict=True)
         axes.plot(x, y, linestyle="none", marker="o", color=INK, markeredgecolor="white", markersize=4)
-    axes.set(title=f"{ranking}, {share:.0%} kept", xlabel="layer")
+    axes.set(title=f"{ranking}, {percent(share)} kept", xlabel="layer")
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from analysis.enzyme_report import score_rows, score_table
 from analysis.knowledge_neurons import figures
 from analysis.report.generic import flat_rows, read_run
-from analysis.report.html import Report
+from analysis.report.html import Report, percent
 from train.enzyme import CLASSES
 from train.runtime.files import read_json
 
@@ -138,7 +138,7 @@ def _curves(report: Report, tables: dict[str, Any]) -> None:
         by = {(r["ablation"], r["method"], r["share"]): r for r in rows}
         areas = [row for row in tables["areas"] if row["direction"] == direction]
         report.table([{"ablation": a["ablation"], "method": a["method"],
-                       **{f"{share:.0%}": _spread(by[a["ablation"], a["method"], share]) for share in shares},
+                       **{percent(share): _spread(by[a["ablation"], a["method"], share]) for share in shares},
                        "area": a["area"], "area 95 %": f"{a['low']:.3f} to {a['high']:.3f}",
                        **({"enough": a["enough"]} if direction == "keep" else {})} for a in areas],
                      caption="Accuracy (± standard deviation over fine-tunings) by share; area under macro-F1 on the "

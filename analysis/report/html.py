@@ -189,6 +189,11 @@ def display(value: Any) -> str:
     return text.replace(",", "\u202f").replace("-", "−")
 
 
+def percent(share: float) -> str:
+    """0.125 as 12.5%: as many digits as it takes to tell shares apart."""
+    return f"{100 * share:.6g}%"
+
+
 def raw(value: Any) -> str:
     """In full, for sorting and for the download: reading it back gives the same number."""
     if value is None:
