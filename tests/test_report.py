@@ -154,6 +154,7 @@ def test_numbers_are_right_aligned_and_sort_by_their_full_value():
     "value, shown",
     [
         (None, "–"), (True, "yes"), (np.bool_(False), "no"), (0, "0"), (-1234567, "−1\u202f234\u202f567"), (0.0, "0"),
+        (9999.7, "10\u202f000"), (9999.4, "9999"),
         (0.123456, "0.1235"), (12345.6, "12\u202f346"), (1.5e-7, "1.5e−7"), (-2e12, "−2e12"), (float("nan"), "–"),
         (float("-inf"), "−∞"), (np.float32(0.1), "0.1"), ("text", "text"),
     ],

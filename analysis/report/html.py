@@ -185,7 +185,7 @@ def display(value: Any) -> str:
         mantissa, exponent = f"{value:.3e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"
     else:
-        text = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        text = f"{value:,.0f}" if abs(value) >= 9999.5 else f"{value:.4g}"
     return text.replace(",", "\u202f").replace("-", "−")
 
 
