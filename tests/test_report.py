@@ -216,6 +216,13 @@ def test_a_heavy_figure_becomes_a_png_and_a_heat_map_stays_svg():
     assert "日本語" in page and len(page) < 1_500_000
 
 
+def test_names_in_a_heat_map_are_no_formulas():
+    figure, axes = style.new_figure()
+    style.heat_map(axes, np.eye(2), ["$0-$50", r"$\odd{$"], ["a", "b"])
+    written = style.to_svg(figure, "f")
+    assert ">$0-$50</text>" in written and r">$\odd{$</text>" in written
+
+
 def test_a_centred_heat_map_is_symmetric_about_zero():
     _, axes = style.new_figure()
     image = style.heat_map(axes, np.array([[-1.0, 3.0], [np.nan, 0.0]]), centred=True)

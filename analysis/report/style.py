@@ -87,7 +87,9 @@ def heat_map(
     axes.grid(False)
     for names, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         if names is not None:
-            axis.set_ticks(range(len(names)), labels=list(names), fontsize=8 if len(names) <= 40 else 6)
+            # Names are text as it is: a code such as $0-$50 would be set as a formula, or end in an error.
+            axis.set_ticks(range(len(names)), labels=list(names), fontsize=8 if len(names) <= 40 else 6,
+                           parse_math=False)
             axis.set_tick_params(length=0)
     if columns is not None and max(map(len, columns), default=0) > 2:
         axes.tick_params(axis="x", rotation=90)
