@@ -122,19 +122,22 @@ def _curves(report: Report, trials: Trials) -> None:
     keys = [key for key in CURVES if any(is_number(line.get(key)) for line in lines)]
     if not keys:
         return
-    report.section("Curves", "A line a seed, a colour a variant. Time is the number of steps times the median step of "
-                   "that trial: what others did on the machine meanwhile shifts no curve but stretches it whole.")
+    report.section("Curves", "A line a seed, a colour and a kind of line a variant. Time is the number of steps times "
+                   "the median step of that trial: what others did on the machine meanwhile shifts no curve but "
+                   "stretches it whole.")
     for key in keys:
         for axis, unit in (("tokens", "tokens"), ("minutes", "minutes of training steps")):
             figure, axes = style.new_figure(7, 3.4)
             rows = []
             for i, (variant, seeds) in enumerate(trials.items()):
-                colour = style.PALETTE[i % len(style.PALETTE)]
-                for j, (seed, (results, metrics)) in enumerate(seeds.items()):
+                turn, place = divmod(i, len(style.PALETTE))
+                for seed, (results, metrics) in seeds.items():
                     points = _points(results, metrics, key, axis)
                     if points:
-                        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, alpha=0.8,
-                                  marker="o" if len(points) < 30 else None, label=None if j else variant)
+                        named = any(row["variant"] == variant for row in rows)
+                        axes.plot(*zip(*points, strict=True), color=style.PALETTE[place], linewidth=1.4, alpha=0.8,
+                                  linestyle=style.LINES[turn % len(style.LINES)],
+                                  marker="o" if len(points) < 30 else None, label=None if named else variant)
                     rows += [{"variant": variant, "seed": seed, axis: x, key: y} for x, y in points]
             if rows:
                 axes.set(xlabel=unit, title=f"{key} against {unit}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -193,3 +194,17 @@ def test_summary_and_paired_differences():
     (row,) = sweep_report.paired(numbers, ["loss", "steps"])
     assert row == {"number": "loss", "variants": "b − a", "mean difference": 1.5, "smallest": 1.0, "largest": 2.0,
                    "seeds": 2, "same sign in all": True}
+
+
+def test_more_variants_than_colours_are_told_apart():
+    lines = [{"step": 1, "weight": 4, "loss": 2.0}, {"step": 2, "weight": 4, "loss": 1.0}]
+    trials = {f"v{i}": {"0": ({}, []), "1": ({"step_seconds_median": 60}, lines)} for i in range(9)}
+    drawn = []
+    report = SimpleNamespace(section=lambda *_: None, figure=lambda figure, *_: drawn.append(figure))
+    sweep_report._curves(report, trials)
+    assert len(drawn) == 2
+    for figure in drawn:
+        shown = figure.axes[0].get_lines()
+        assert len({(line.get_color(), line.get_linestyle()) for line in shown}) == len(shown) == 9
+        # the first seed of each has no curve, and the second then has the name
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(trials)

@@ -21,6 +21,7 @@ from matplotlib.image import AxesImage
 INK, GRID = "#1b1d21", "#c9ccd2"
 # Okabe and Ito, "Color Universal Design" (2008), without black (INK is there) and with yellow last (weak on white).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+LINES = ("-", "--", ":", "-.")  # where there are more lines than colours
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 HEAVY = 400_000  # bytes of SVG above which a page is better served by a PNG
 
@@ -38,7 +39,7 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": matplotlib.cycler(linestyle=LINES) * matplotlib.cycler(color=PALETTE),
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "font.size": 9,
