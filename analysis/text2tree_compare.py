@@ -207,8 +207,9 @@ def _differences(report: Report, methods: list[Method], *bases: Method | None) -
                    "single one. Intervals of 95 % and p, the share of draws in which the method is not better, come "
                    "from drawing the test texts anew, the same for both. They do not hold the spread over seeds: what "
                    "is smaller than the ± above may be the seeds' doing, however small its p, and one seed does not "
-                   "show it." + ("" if bases[0] else " Without a trial of method.name=plain there are none from plain "
-                                                     "fine-tuning."))
+                   "show it. Each p is by itself: of many comparisons one in twenty is below 0.05 by chance." + (
+                       "" if bases[0] else " Without a trial of method.name=plain there are none from plain "
+                       "fine-tuning."))
     for base in filter(None, bases):
         rows = [{"method": method.name, "number": name, **tested} for method in methods for name in TESTED
                 if method is not base and (tested := compared(method, base, name))]

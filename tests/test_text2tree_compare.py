@@ -123,6 +123,7 @@ def test_the_page(swept):
     page = text2tree_compare.build(swept).read_text()
     assert "gamma=0.2" in page and "db/seed-0" in page and "coloured by its gain" in page and "as expected" in page
     for told in ("the best of 19 for macro-F1 on the development part", "do not hold the spread over seeds", "P@5",
+                 "Each p is by itself",
                  "From plain fine-tuning.", "From TF-IDF.", "At a threshold of 0.5", "development macro-F1",
                  "their first 128 tokens", "Differences from plain.", "<td>gamma=0.1</td>"):
         assert told in page, told

@@ -191,8 +191,9 @@ def _motifs(report: Report, tables: dict[str, Any]) -> None:
     report.section("Motifs", "The summed contribution of the neurons of the highest integrated gradients, residue by "
                    "residue, inside the matches of a motif and at as many drawn positions of the same residue types in "
                    "the same proteins. A match of so short a pattern is often no motif: chance matches weaken the "
-                   "effect. Serine hydrolases are looked for in EC 3 alone. Each p is by itself: of several motifs and "
-                   "fine-tunings one in twenty is below 0.05 by chance.")
+                   "effect. Serine hydrolases are looked for in EC 3 alone. A match lies in one piece and the drawn "
+                   "positions do not: as far as neighbours contribute alike, p is too small. Each p is by itself: of "
+                   "several motifs and fine-tunings one in twenty is below 0.05 by chance.")
     report.table(tables["motifs"], {"motif": "motif", "pattern": "pattern", "fine_tuning": "fine-tuning",
                                     "proteins": "proteins", "matches": "residues", "inside": "inside",
                                     "elsewhere": "elsewhere", "effect": "effect (sd)", "p": "p", "verdict": "verdict"},
