@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from analysis.atlas import classes, families, figures
+from analysis.atlas import classes, families, figures, report
 from analysis.atlas.intervals import Interval
-from analysis.report import style
+from analysis.report import Report, style
 from analysis.report.style import INK, PALETTE
 
 LANGUAGES = ["French", "Galician", "Danish", "Norwegian", "Basque"]
@@ -133,6 +133,12 @@ def test_speed_bars_say_what_share_of_the_ceiling_is_reached():
     assert [p.get_width() for p in figure.axes[0].patches] == [1.4, 1.8]
     assert [t.get_text() for t in figure.axes[0].texts] == ["1.40x, 93 % of the ceiling", "1.80x, 75 % of the ceiling"]
     assert "ceiling" in texts(figure)
+
+
+def test_the_whole_model_timed_alone_has_no_bars():
+    page = Report("t")
+    report._speed(page, [{"phase": "prefill", "share": 1.0, "speedup": 1.0, "ceiling": 1.0}])
+    assert "prefill" in page.render() and "<svg" not in page.render()
 
 
 def test_eighty_languages_fit_on_a_page():

@@ -245,10 +245,11 @@ def _speed(report, rows) -> None:
                    "ceiling is what Amdahl's law allows, from the feed-forward layers' share of the time, measured in "
                    "the same run.")
     drawn = [r for r in rows if r["share"] < 1]
-    report.figure(figures.speed_bars([f"{r['phase']}, {percent(r['share'])} kept" for r in drawn],
-                                     [r["speedup"] for r in drawn], [r["ceiling"] for r in drawn]),
-                  "Speed-up over the dense model, and the most it could be.", name="speed", alt="Speed-up bars",
-                  data=rows)
+    if drawn:  # speed.shares=1 times the whole model alone
+        report.figure(figures.speed_bars([f"{r['phase']}, {percent(r['share'])} kept" for r in drawn],
+                                         [r["speedup"] for r in drawn], [r["ceiling"] for r in drawn]),
+                      "Speed-up over the dense model, and the most it could be.", name="speed", alt="Speed-up bars",
+                      data=rows)
     report.table(rows, caption="Times of this run.", name="speed-table")
 
 
