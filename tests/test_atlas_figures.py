@@ -141,6 +141,13 @@ def test_the_whole_model_timed_alone_has_no_bars():
     assert "prefill" in page.render() and "<svg" not in page.render()
 
 
+def test_variants_of_one_name_keep_their_columns():
+    """Two texts in French (text.variants) would be one column of the downloads, under the name of both."""
+    codes = {"fr": "French", "fr-x-2": "French", "de": "German"}
+    languages = [{"code": code, "name": name} for code, name in codes.items()]
+    assert report.names_of(languages) == ["French (fr)", "French (fr-x-2)", "German"]
+
+
 def test_eighty_languages_fit_on_a_page():
     names = [f"Language {i}" for i in range(80)]
     labels = [f"Family {i % 15}" for i in range(80)]

@@ -1,6 +1,7 @@
 """The atlas's report: what a linguist reads. Built from the run folder alone."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def build(directory: str | Path) -> Path:
     return report.save(directory / "report.html")
 
 
+def names_of(languages: list[dict[str, Any]]) -> list[str]:
+    """A name for each; with the code where several share one, as variants do: a column of a download is told by it."""
+    known = Counter(x["name"] for x in languages)
+    return [x["name"] if known[x["name"]] == 1 else f"{x['name']} ({x['code']})" for x in languages]
+
+
 def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     names = list(columns)
     return [dict(zip(names, values, strict=True)) for values in zip(*(columns[n].tolist() for n in names), strict=True)]
@@ -89,7 +96,7 @@ def _summary(report: Report, results: dict[str, Any], languages: list[dict[str, 
 def _maps(report, data, languages, config, results) -> None:
     share = config.get("profile", {}).get("main_share", 0.2)
     f = data[f"frequency_{share:g}"]
-    names, families = [x["name"] for x in languages], [x["family"] or None for x in languages]
+    names, families = names_of(languages), [x["family"] or None for x in languages]
     report.section("Which experts each language uses",
                    f"An expert is used by a token if it is among the {percent(share)} that contribute most. 1 is "
                    "chance; rows that look alike are languages that use the same experts.")
@@ -109,7 +116,7 @@ def _maps(report, data, languages, config, results) -> None:
 
 
 def _families(report, data, languages, results) -> None:
-    names, families = [x["name"] for x in languages], [x["family"] or None for x in languages]
+    names, families = names_of(languages), [x["family"] or None for x in languages]
     report.section("Which languages group together",
                    "Similarity is the correlation of profiles centred over languages, all layers together.")
     tree = Dendrogram(data["linkage"], results["cophenetic"], data["order"])
@@ -152,7 +159,7 @@ def _classes(report, data, results) -> None:
 
 
 def _lape(report, data, languages, config, results) -> None:
-    names = [x["name"] for x in languages]
+    names = names_of(languages)
     panel = config["prune"]["panel"]
     report.section("Neurons of one language", "Language activation probability entropy picks the "
                    f"{100 * config['profile']['lape_rate']:g} % of neurons whose gates open for few languages "
