@@ -130,13 +130,11 @@ def _curves(report: Report, trials: Trials) -> None:
             figure, axes = style.new_figure(7, 3.4)
             rows = []
             for i, (variant, seeds) in enumerate(trials.items()):
-                turn, place = divmod(i, len(style.PALETTE))
                 for seed, (results, metrics) in seeds.items():
                     points = _points(results, metrics, key, axis)
                     if points:
                         named = any(row["variant"] == variant for row in rows)
-                        axes.plot(*zip(*points, strict=True), color=style.PALETTE[place], linewidth=1.4, alpha=0.8,
-                                  linestyle=style.LINES[turn % len(style.LINES)],
+                        axes.plot(*zip(*points, strict=True), **style.line(i), linewidth=1.4, alpha=0.8,
                                   marker="o" if len(points) < 30 else None, label=None if named else variant)
                     rows += [{"variant": variant, "seed": seed, axis: x, key: y} for x, y in points]
             if rows:

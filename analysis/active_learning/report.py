@@ -26,7 +26,6 @@ of the sentences that it picks. Words and characters of the tables are those of 
 those of its labels. No development part is used, neither to stop nor to calibrate; the test part is scored after every
 round, and nothing is chosen by it.
 """
-DASHES = ("-", "--", "-.", ":")
 
 
 def build(run_dir: str | Path) -> Path:
@@ -105,9 +104,9 @@ def curve_figure(records: Records, reference: float | None) -> Figure:
         rounds = min(len(one) for one in seeds.values())
         share = np.array([[one.share for one in rounds_[:rounds]] for rounds_ in seeds.values()]).mean(0)
         f1 = np.array([[one.f1 for one in rounds_[:rounds]] for rounds_ in seeds.values()])
-        colour, dash = style.PALETTE[i % len(style.PALETTE)], DASHES[i // len(style.PALETTE) % len(DASHES)]
-        axes.plot(100 * share, f1.mean(0), dash, marker="o", markersize=3, color=colour, label=name)
-        axes.fill_between(100 * share, f1.min(0), f1.max(0), color=colour, alpha=0.15, linewidth=0)
+        line = style.line(i)
+        axes.plot(100 * share, f1.mean(0), marker="o", markersize=3, label=name, **line)
+        axes.fill_between(100 * share, f1.min(0), f1.max(0), color=line["color"], alpha=0.15, linewidth=0)
     for target in curves.TARGETS if reference else ():
         axes.axhline(target * reference, color=style.INK, linewidth=0.8, alpha=0.5)
         axes.text(0.01, target * reference, f"{100 * target:.0f} %", fontsize=8, transform=axes.get_yaxis_transform(),
@@ -126,9 +125,8 @@ def _picks(report: Report, records: Records) -> None:
     for panel, (key, title) in zip(axes.flat, panels, strict=True):
         for i, name in enumerate(records):
             mine = [row for row in rows if row["strategy"] == name and (row["round"] or key == "entities")]
-            panel.plot([row["round"] for row in mine], [row[key] for row in mine], marker="o",
-                       color=style.PALETTE[i % len(style.PALETTE)],
-                       linestyle=DASHES[i // len(style.PALETTE) % len(DASHES)], label=name)
+            panel.plot([row["round"] for row in mine], [row[key] for row in mine], marker="o", label=name,
+                       **style.line(i))
         panel.set(title=title, xlabel="round")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -50,12 +50,13 @@ def curves(report: Report, runs: Mapping[str, list[dict[str, Any]]]) -> None:
     for key in keys[:PLOTS]:
         figure, axes = style.new_figure(7, 2.6)
         rows = []
-        for label, lines in runs.items():
+        for i, (label, lines) in enumerate(runs.items()):
             points = [(line["step"], line[key]) for line in lines if is_number(line.get(key)) and "step" in line]
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []),
                 marker="o" if len(points) < 30 else None,
                 label=label,
+                **style.line(i),
             )
             rows += [
                 {"run": label, "step": step, key: value} if label else {"step": step, key: value}

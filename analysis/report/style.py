@@ -39,7 +39,7 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
-    "axes.prop_cycle": matplotlib.cycler(linestyle=LINES) * matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "font.size": 9,
@@ -69,6 +69,12 @@ def new_figure(width: float = 7.0, height: float = 3.2, rows: int = 1, columns: 
     matplotlib.rcParams.update(RC)
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
+
+
+def line(number: int) -> dict[str, str]:
+    """Colour and kind of the number-th line: those beyond the colours are dashed, dotted or both."""
+    turn, place = divmod(number, len(PALETTE))
+    return {"color": PALETTE[place], "linestyle": LINES[turn % len(LINES)]}
 
 
 def heat_map(
