@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -164,7 +165,23 @@ def test_two_tiers_of_checkpoints(tmp_path):
     start(cfg, tmp_path / "run")
     names = lambda folder: sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())  # noqa: E731
     assert names(tmp_path / "run" / "checkpoints") == [10, 20]
-    assert names(tmp_path / "fast") == [16, 18]
+    (local,) = (tmp_path / "fast").iterdir()
+    assert names(local) == [16, 18]
+
+
+def test_runs_that_share_a_local_folder_keep_apart(tmp_path):
+    """A second run must not go on from the first one's state; nor a new one from what a removed folder left."""
+    local = {"loop__local_dir": str(tmp_path / "fast"), "loop__local_every": 2, "loop__save_every": 100}
+    cfg = toy(loop__steps=6, **local)
+    start(toy(loop__steps=4, **local), tmp_path / "one")
+    start(cfg, tmp_path / "two")
+    assert [line["step"] for line in lines(tmp_path / "two")] == list(range(1, 7))
+    start(cfg, tmp_path / "two", lambda state: pytest.fail("it did not find its own"))
+    shutil.rmtree(tmp_path / "two")
+    with RunFolder.open("toy", to_dict(cfg), tmp_path / "two", operational=cfg.operational):
+        pass  # it may have begun more than once
+    with pytest.raises(UserError, match=r"fast/two-.* holds checkpoints of an earlier run in .*two, which begins"):
+        start(cfg, tmp_path / "two")
 
 
 def test_fewer_steps_than_were_taken(tmp_path):

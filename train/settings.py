@@ -95,7 +95,7 @@ class LoopConfig:
     save_every: int = 100  # steps
     keep: int = 3  # newest checkpoints that stay
     keep_every: int | None = None  # and those of every so many steps
-    local_dir: str | None = None  # a second, faster place for checkpoints
+    local_dir: str | None = None  # a second, faster place for checkpoints; each run has a folder in it
     local_every: int | None = None  # steps between those
     verify: Literal["always", "on_restart", "never"] = "on_restart"  # compare fingerprints of what was read
     on_change: Literal["raise", "restart", "reseek"] = "raise"  # data changed since the checkpoint

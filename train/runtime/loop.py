@@ -25,6 +25,7 @@ from jaxmodels.errors import Interrupted, UserError
 from train.data.pipeline import Batches, check_fingerprint
 from train.runtime import files
 from train.runtime.checkpoint import Checkpoints
+from train.runtime.config import config_hash
 from train.runtime.flops import mfu
 from train.runtime.goodput import Goodput
 from train.runtime.mesh import batch_sharding, check_batch
@@ -112,7 +113,7 @@ class Loop:
         self.goodput = Goodput(run.path("goodput.json") if jax.process_index() == 0 else None)
         self.checkpoints = Checkpoints(
             run.path("checkpoints"), every=cfg.save_every, keep=cfg.keep, keep_every=cfg.keep_every,
-            local=Path(cfg.local_dir) if cfg.local_dir else None, local_every=cfg.local_every, verify=cfg.verify)
+            local=_local_folder(run, cfg.local_dir), local_every=cfg.local_every, verify=cfg.verify)
         self.flying: collections.deque[tuple[int, int, Any]] = collections.deque()  # step, together, metrics on device
         self.step = 0
         self.held: dict[str, Any] | None = None  # metrics of a finished step that wait for its evaluation
@@ -413,6 +414,20 @@ def _note(line: dict[str, Any]) -> str:
     if "tokens_per_second" in line:
         parts += [f"{line['step_seconds']:.2f} s/step", f"{line['tokens_per_second']:,.0f} tokens/s"]
     return ", ".join([*parts, *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else [])])
+
+
+def _local_folder(run: RunFolder, local_dir: str | None) -> Path | None:
+    """A run's own place in loop.local_dir, which other runs, or trials of a sweep, are told too.
+
+    Raises UserError if it holds checkpoints though the run has logged nothing: its folder was removed, they were not.
+    """
+    if not local_dir:
+        return None
+    folder = Path(local_dir) / f"{run.dir.name}-{config_hash({'run': str(run.dir.absolute())})}"
+    if run.writes and not run.metrics() and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds checkpoints of an earlier run in {run.dir}, which begins anew; remove it, or "
+                        "choose another loop.local_dir")
+    return folder
 
 
 def _start_wandb(run: RunFolder) -> Any:
