@@ -142,6 +142,19 @@ def test_too_many_of_them_end_the_run(tmp_path):
     assert named == {str(step): batches.global_ids(step - 1).tolist() for step in (7, 8, 9)}
 
 
+def test_bad_steps_of_data_that_has_changed_since_are_not_named(tmp_path):
+    cfg = toy(nan_from=8, nan_batches=2, records=500)
+    interrupted(cfg, tmp_path / "run")  # at step 10, after two bad ones
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["config"]["nan_from"] = 0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    other = override(cfg, {"nan_from": 0, "records": 480, "loop.on_change": "restart", "loop.max_bad_steps": 3})
+    with pytest.raises(NonFinite, match="in 3 steps in a row, up to step 11"):
+        start(other, tmp_path / "run")
+    named = json.loads((tmp_path / "run" / "bad_examples.json").read_text())["ids_by_step"]
+    assert named == {"11": toy_training.open_batches(other).global_ids(0).tolist()}
+
+
 @pytest.mark.long
 def test_accumulation_and_styles_run_in_the_loop(tmp_path):
     losses, ways = {}, {"plain": {}, "micro": {"loop__accumulate": 2}, "per_device": {"loop__style": "per_device"}}

@@ -116,6 +116,7 @@ class Loop:
             local=_local_folder(run, cfg.local_dir), local_every=cfg.local_every, verify=cfg.verify)
         self.flying: collections.deque[tuple[int, int, Any]] = collections.deque()  # step, together, metrics on device
         self.step = 0
+        self.same_data = 0  # the step after which the examples were those of the data that there is now
         self.held: dict[str, Any] | None = None  # metrics of a finished step that wait for its evaluation
         self.step_seconds: list[float] = []
         self.note = ""  # on the last step that has landed, for a progress bar
@@ -197,7 +198,9 @@ class Loop:
             if self.step > self.cfg.steps:
                 raise UserError(f"the checkpoint is at step {self.step}, loop.steps={self.cfg.steps} is before it; "
                                 "raise loop.steps or choose another --out")
-            seen = check_fingerprint(about["data"], task.batches.fingerprint(), self.cfg.on_change)
+            data = task.batches.fingerprint()
+            seen = check_fingerprint(about["data"], data, self.cfg.on_change)
+            self.same_data = 0 if about["data"] == data else self.step
             task.batches.seek(about["examples_seen"] if seen is None else seen)
             self.held = about.get("held")
         self.run.truncate_metrics(self.step if self.held is None else self.step - 1)
@@ -294,7 +297,7 @@ class Loop:
     def _give_up(self, line: dict[str, Any]) -> None:
         """Everything is logged and the examples of the bad steps are named before the run ends."""
         step, bad = line["step"], line["bad"]
-        ids = {str(s): self._ids(s).tolist() for s in range(step - bad + 1, step + 1)}
+        ids = {str(s): self._ids(s).tolist() for s in range(max(step - bad, self.same_data) + 1, step + 1)}
         self._log(line)
         if jax.process_index() == 0:
             files.write_json(self.run.path("bad_examples.json"), {"ids_by_step": ids})
