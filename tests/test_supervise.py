@@ -85,9 +85,9 @@ def test_it_imports_nothing_heavy():
 
 
 def test_it_looks_for_the_marker_that_checkpoints_have():
-    from train.runtime import checkpoint_folder
+    from train.runtime import checkpoint_folder, run_folder
 
-    assert supervise.COMMITTED == checkpoint_folder.COMMITTED
+    assert supervise.COMMITTED == checkpoint_folder.COMMITTED and supervise.RESULTS == run_folder.RESULTS
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 65, 66, 74, 3, 139])
@@ -137,7 +137,7 @@ def test_it_stops_when_no_step_is_committed_twice_running(fake, how):
     ends = ["137+5", "137", "137+10", "137", "137", "0"]
     code, lines = run("--backoff", 0.01, "--", *command, *ends, "end", *words)
     assert code == 137 and len(starts(folder)) == 5
-    assert len(lines) == 5 and "committed no new step" in lines[-1] and str(folder / "run" / "checkpoints") in lines[-1]
+    assert len(lines) == 5 and "committed no new step" in lines[-1] and str(folder / "run") in lines[-1]
     # a commit resets the delay
     assert [line.rpartition(" in ")[2] for line in lines[:-1]] == ["0.01 s", "0.02 s", "0.01 s", "0.02 s"]
 
@@ -163,11 +163,25 @@ def test_only_finished_checkpoints_count(tmp_path):
     assert {path for path, _ in supervise.committed([folder, local]) - before} == {str(folder / "5")}
 
 
+def test_a_sweep_that_gets_on_is_not_given_up(fake):
+    """Its checkpoints are those of its trials, and a trial at its end may leave none."""
+    command, folder = fake
+    trials = folder / "run" / "small"
+    ends = [f"137+{trials / 'seed-0' / 'checkpoints' / str(step)}" for step in (5, 10, 15, 20)]
+    code, lines = run("--backoff", 0, "--", *command, *ends, 0, "end", "--out", folder / "run")
+    assert code == 0 and len(lines) == 4 and (trials / "seed-0" / "checkpoints" / "20").is_dir()
+    before = supervise.committed([folder / "run"])
+    for status in ("running", "complete"):
+        (trials / "results.json").write_text(f'{{"status": "{status}"}}')
+        new = supervise.committed([folder / "run"]) - before
+        assert [path for path, _ in new] == [str(trials / "results.json")] * (status == "complete")
+
+
 def test_the_run_folder_comes_from_the_command():
-    find = supervise._checkpoint_folders
-    assert find(["jaxmodels", "run", "x", "--out", "a"], None) == [Path("a/checkpoints")]
-    assert find(["jaxmodels", "run", "x", "--out", "a"], "b") == [Path("b/checkpoints")]
-    assert find(["run", "--out=a", "loop.local_dir=/l"], None) == [Path("a/checkpoints"), Path("/l")]
+    find = supervise._folders
+    assert find(["jaxmodels", "run", "x", "--out", "a"], None) == [Path("a")]
+    assert find(["jaxmodels", "run", "x", "--out", "a"], "b") == [Path("b")]
+    assert find(["run", "--out=a", "loop.local_dir=/l"], None) == [Path("a"), Path("/l")]
     assert find(["run", "loop.local_dir=/l"], None) == find(["run", "--out"], None) == []
 
 

@@ -9,6 +9,8 @@ nothing heavy: what watches a run must not die of what the run dies of.
 
 import argparse
 import contextlib
+import glob
+import json
 import os
 import re
 import select
@@ -24,11 +26,12 @@ from jaxmodels.errors import UserError
 
 RESTART = (75, 134, 137, 143)
 LONGEST = 60.0  # seconds between two starts
-IDLE = 2  # starts in a row without a new checkpoint, after which the trouble is not the machine's
+IDLE = 2  # starts in a row without anything new (see `committed`), after which the trouble is not the machine's
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGUSR1: signal.SIGUSR1,
              signal.SIGHUP: signal.SIGTERM}  # a closed terminal: the run saves, as for SIGTERM
 COMMITTED = "commit_success.txt"  # in a finished checkpoint; checkpoint_folder.py, which says so too, imports jax
+RESULTS = "results.json"  # of a run; run_folder.py, likewise
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +69,7 @@ def _parser() -> Parser:
 def _supervise(command: Sequence[str], max_restarts: int, backoff: float, run: str | None) -> int:
     if max_restarts < 0 or not backoff >= 0:
         raise UserError(f"--max-restarts {max_restarts} and --backoff {backoff:g} must be at least 0")
-    folders = _checkpoint_folders(command, run)
+    folders = _folders(command, run)
     restarts = idle = doublings = 0
     with _Signals() as signals:
         while True:
@@ -80,7 +83,8 @@ def _supervise(command: Sequence[str], max_restarts: int, backoff: float, run: s
                 idle += 1
             told = f"the command ended with {_name(code)}"
             if idle >= IDLE:
-                _say(f"{told}; {IDLE} starts in a row committed no new step in {folders[0]}: giving up")
+                _say(f"{told}; {IDLE} starts in a row committed no new step and finished no run in {folders[0]}: "
+                     "giving up")
                 return code
             if restarts == max_restarts:
                 _say(f"{told}; {max_restarts} restarts are used up (--max-restarts)")
@@ -154,22 +158,28 @@ class _Signals:
 
 
 def committed(folders: Sequence[Path]) -> set[tuple[str, int]]:
-    """Finished checkpoints: (path, when). The time counts: a step may be made anew after a damaged one was set aside.
+    """Finished checkpoints, and finished runs: (path, when). However deep: a sweep has trials, a study stages. The time
+    of a checkpoint counts: a step may be made anew after a damaged one was set aside.
 
     A step is committed when its folder is named by its number and holds orbax's marker.
     """
     found = set()
     for folder in folders:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(folder):
-                if re.fullmatch(r"\d+", entry.name):
-                    with contextlib.suppress(OSError):
-                        found.add((entry.path, os.stat(os.path.join(entry.path, COMMITTED)).st_mtime_ns))
+        inside = os.path.join(glob.escape(str(folder)), "**", "")
+        for marker in glob.iglob(f"{inside}[0-9]*/{COMMITTED}", recursive=True):
+            step = os.path.dirname(marker)
+            if re.fullmatch(r"\d+", os.path.basename(step)):
+                with contextlib.suppress(OSError):
+                    found.add((step, os.stat(marker).st_mtime_ns))
+        for results in glob.iglob(f"{inside}{RESULTS}", recursive=True):  # a trial at its end may drop its checkpoints
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if json.loads(Path(results).read_text(encoding="utf-8")).get("status") == "complete":
+                    found.add((results, 0))
     return found
 
 
-def _checkpoint_folders(command: Sequence[str], run: str | None) -> list[Path]:
-    """Where the run's checkpoints go, from --run, or from the command's --out; [] if neither is there."""
+def _folders(command: Sequence[str], run: str | None) -> list[Path]:
+    """Where the run writes, from --run, or from the command's --out; [] if neither is there."""
     words, local = list(command), []
     for i, word in enumerate(words):
         if word == "--out" and i + 1 < len(words):
@@ -178,7 +188,7 @@ def _checkpoint_folders(command: Sequence[str], run: str | None) -> list[Path]:
             run = run or word.removeprefix("--out=")
         elif word.startswith("loop.local_dir="):  # the second, more frequent tier
             local.append(Path(word.removeprefix("loop.local_dir=")))
-    return [Path(run) / "checkpoints", *local] if run else []
+    return [Path(run), *local] if run else []
 
 
 def _exit_code(returncode: int) -> int:
