@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from train.runtime import goodput
 from train.runtime.goodput import KINDS, Goodput
 
 
@@ -45,3 +46,15 @@ def test_inner_time_counts_once(tmp_path):
     assert good.seconds["restore"] == pytest.approx(0.02, abs=0.02)
     with pytest.raises(ValueError, match="'sleep' is not one of"), good.spend("sleep"):
         pass
+
+
+def test_a_start_that_is_killed_has_told(tmp_path, monkeypatch):
+    """What it had done since its last save, which the next start does again."""
+    monkeypatch.setattr(goodput, "WRITTEN", 0.02)
+    killed = Goodput(tmp_path / "goodput.json")
+    for number in (1, 2):
+        with killed.step(number):
+            time.sleep(0.03)
+        killed.reached(number)
+    again = Goodput(tmp_path / "goodput.json")
+    assert again.furthest == 2 and again.seconds["step"] >= 0.06

@@ -12,6 +12,7 @@ from typing import Any
 
 from train.runtime import files
 
+WRITTEN = 10.0  # seconds of a run of steps, after which they are on disk: a start that is killed has no other occasion
 KINDS = ("init", "compile", "restore", "data", "step", "save", "evaluation", "lost", "other")
 
 
@@ -25,6 +26,7 @@ class Goodput:
         self.starts = int(before.get("starts", 0)) + 1
         self.furthest = int(before.get("furthest", 0))  # the last step that any start finished
         self._stack, self._since = ["other"], time.monotonic()
+        self._written = self._since
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
@@ -44,8 +46,10 @@ class Goodput:
         return self.spend("lost" if number <= self.furthest else "step")
 
     def reached(self, number: int) -> None:
-        """Step `number` is finished."""
+        """Step `number` is finished; that it is, and the time so far, is on disk soon."""
         self.furthest = max(self.furthest, number)
+        if time.monotonic() - self._written > WRITTEN:
+            self.write()
 
     def summary(self) -> dict[str, Any]:
         """seconds and fractions by kind, the number of starts."""
@@ -61,6 +65,7 @@ class Goodput:
         }
 
     def write(self) -> None:
+        self._written = time.monotonic()
         if self.path:
             files.write_json(self.path, self.summary())
 
