@@ -38,6 +38,7 @@ def test_a_grid_may_be_written_out():
     assert [t.variant for t in planned.trials] == [
         f"inner.size={size},inner.kind={kind}" for size in (2, 3) for kind in ("sum", "mean")]
     assert planned.trials[0].config.units == 2  # the preset's
+    assert len(sweep.plan(TINY, ["grid=inner.size=2", "inner.size=2"]).trials) == 1  # said twice, and alike
 
 
 @pytest.mark.parametrize(("words", "told"), [
@@ -46,6 +47,11 @@ def test_a_grid_may_be_written_out():
     (["grid=inner.size="], "is not key=value,value"),
     (["grid=inner.sice=2,3"], "did you mean 'inner.size'"),
     (["grid=inner.size=2,x"], "expected int"),
+    (["grid=inner.size=2;inner.size=3"], "inner.size is there twice"),
+    (["grid=note=a/b,a_b"], "two variants are called note=a_b"),
+    (["grid=seed=1,2"], "seeds are no variants; seeds=N"),  # seeds=1 would give both the first
+    (["grid=sizes", "inner.size=3"], "the grid gives every variant its own inner.size"),
+    (["grid=preset=tiny,default", "preset=tiny"], "the grid gives every variant its own preset"),
     (["grid=sizes", "seeds=0"], "seeds=0 must be a whole number"),
     (["grid=sizes", "units"], "is not key=value"),
     (["grid=sizes", "together=two"], "together=two must be a whole number"),

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def plan(name: str, words: Iterable[str]) -> Sweep:
         raise UserError(f"nothing to vary: give grid=NAME ({', '.join(grids) or name + ' names none'}) or "
                         "grid=key=value,value")
     variants = _variants(name, grid)
+    _check_grid(grid, variants, given)
     probe = resolve(name, {**given, **next(iter(variants.values()))})
     seeds: Sequence[int | None] = (None,)
     if hasattr(probe, SEED):
@@ -220,5 +221,23 @@ def _variants(name: str, grid: str) -> dict[str, dict[str, Any]]:
         if not equals or not key.strip() or not all(values.split(",")):
             raise UserError(f"grid={grid}: {text!r} is not key=value,value")
         axes.append([(key.strip(), value) for value in values.split(",")])
-    return {",".join(f"{key}={value}" for key, value in chosen).replace("/", "_"): dict(chosen)
-            for chosen in itertools.product(*axes)}
+        if any(axis[0][0] == key.strip() for axis in axes[:-1]):
+            raise UserError(f"grid={grid}: {key.strip()} is there twice; write all of its values together")
+    found: dict[str, dict[str, Any]] = {}
+    for chosen in itertools.product(*axes):
+        variant = ",".join(f"{key}={value}" for key, value in chosen).replace("/", "_")
+        if variant in found:
+            raise UserError(f"grid={grid}: two variants are called {variant}, the name of their folder; leave one out")
+        found[variant] = dict(chosen)
+    return found
+
+
+def _check_grid(grid: str, variants: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> None:
+    """Raises UserError for what no trial would read: seeds in a grid, and a key whose values the grid gives."""
+    if any(SEED in changes for changes in variants.values()):
+        raise UserError(f"grid={grid}: seeds are no variants; seeds=N gives every variant N of them, the first "
+                        f"{SEED}=...")
+    for key, value in given.items():
+        if all(key in changes for changes in variants.values()) and any(
+                str(changes[key]) != value for changes in variants.values()):
+            raise UserError(f"{key}={value} and grid={grid}: the grid gives every variant its own {key}; leave one out")
