@@ -152,6 +152,15 @@ def test_a_trial_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert "1 of 2 trials complete, 1 failed; not: note=bug/seed-0" in (out / "report.html").read_text()
 
 
+def test_a_report_that_failed_is_built_again(tmp_path, monkeypatch):
+    words = ["sweep", TINY, "grid=inner.size=2", "preset=tiny", "--out", str(tmp_path / "s")]
+    trial = tmp_path / "s" / "inner.size=2" / "seed-0"
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_experiment, "report", lambda directory: 1 / 0)
+        assert [cli.main(words), cli.main(words)] == [1, 1] and results(trial)["status"] == "complete"
+    assert cli.main(words) == 0 and (trial / "report.html").exists() and results(trial)["computed"] == 2
+
+
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     out = tmp_path / "s"
     words = [sys.executable, "-m", "jaxmodels.cli", "sweep", TINY, "grid=sizes", "pause=0.3", "units=6", "--out", out]

@@ -174,6 +174,8 @@ def run_group(trials: Sequence[Trial], folder: RunFolder, build_report: Callable
             continue
         if stage.was_complete:
             closing.close()
+            if stage.writes and not (stage.dir / "report.html").exists():  # it failed, or was interrupted
+                _report(trial, stage, build_report, failed)
         else:
             opened.append((trial, stage, closing))
     ends = _train([trial.config for trial, *_ in opened], [stage for _, stage, _ in opened])
@@ -184,7 +186,7 @@ def run_group(trials: Sequence[Trial], folder: RunFolder, build_report: Callable
                 if end is not None:
                     raise end
             if stage.writes:
-                build_report(stage.dir, trial.config.report)
+                _report(trial, stage, build_report, failed)
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, Interrupted):
                 failed(trial, error)
@@ -193,6 +195,14 @@ def run_group(trials: Sequence[Trial], folder: RunFolder, build_report: Callable
     if interrupted is not None:
         raise interrupted
     folder.check_stop()
+
+
+def _report(trial: Trial, stage: RunFolder, build_report: Callable[[Path, str], Any],
+            failed: Callable[[Trial, Exception], None]) -> None:
+    try:
+        build_report(stage.dir, trial.config.report)
+    except Exception as error:
+        failed(trial, error)
 
 
 def _train(configs: Sequence[Any], stages: Sequence[RunFolder]) -> Sequence[BaseException | None]:
