@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +301,25 @@ def test_progress_without_a_terminal_is_plain(tmp_path, capfd):
         advance(note="last")
     err = capfd.readouterr().err
     assert "layers: 3/3" in err and "\x1b" not in err
+
+
+def test_bad_input_is_told_though_the_folder_cannot_go(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "r").symlink_to("disk")
+    with pytest.raises(UserError, match="no such text"), RunFolder(tmp_path / "r", CONFIG):
+        raise UserError("no such text")
+    assert not any((tmp_path / "disk").iterdir())
+
+
+def test_a_line_that_is_cut_short_is_not_written_on(tmp_path, monkeypatch):
+    """The disk takes a part and tells no error; the next start drops that part, and loses no line behind it."""
+    with RunFolder(tmp_path / "r", CONFIG) as run:
+        run.log(1, loss=0.5)
+        file = run._metrics
+        monkeypatch.setattr(run, "_metrics", types.SimpleNamespace(write=lambda line: file.write(line[:9]),
+                                                                   close=file.close))
+        with pytest.raises(files.CannotSave, match="No space left"):
+            run.log(2, loss=0.4)
+    with RunFolder(tmp_path / "r", CONFIG) as run:
+        run.log(2, loss=0.4)
+        assert [line["step"] for line in run.metrics()] == [1, 2]

@@ -13,10 +13,10 @@ lock can remain.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -94,7 +94,9 @@ class RunFolder:
         try:
             if self._metrics is None:
                 self._metrics = open(self.dir / METRICS, "ab", buffering=0)  # noqa: SIM115 (open while the run is)
-            self._metrics.write(line.encode())  # one unbuffered write: a kill tears at most the last line
+            whole = line.encode()
+            if self._metrics.write(whole) < len(whole):  # one unbuffered write: a kill tears at most the last line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # else the next would follow a torn one
         except OSError as error:
             raise files.CannotSave(f"cannot write {self.dir / METRICS}: {error.strerror}; free space") from error
         for name, value in values.items():
@@ -186,7 +188,7 @@ class RunFolder:
     ) -> None:
         try:
             if isinstance(error, UserError) and not self.resumed and not self._strangers():
-                shutil.rmtree(self.dir)  # bad input leaves nothing half-written
+                self._remove()  # bad input leaves nothing half-written
                 return
             end = {"status": "complete"}
             if not self.was_complete:  # of all starts together, but for those that were killed
@@ -259,6 +261,13 @@ class RunFolder:
             with contextlib.suppress(OSError):  # a full disk: the error that ended the run is the one to tell
                 self._events.close()
         self._metrics = self._events = None
+
+    def _remove(self) -> None:
+        """Of a folder without strangers: a link to it, or a current folder, may not go, and is left empty."""
+        for path in self.dir.iterdir():
+            path.unlink()
+        with contextlib.suppress(OSError):
+            self.dir.rmdir()
 
     def _strangers(self) -> list[str]:
         """Names of what is no file of the house."""
