@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels import UserError
-from train.runtime.aot import Collective, check_topology, collectives, whole_gathers
+from train.runtime.aot import Collective, check_topology, collectives, compile_in_child, whole_gathers
 from train.runtime.mesh import make_mesh
 from train.settings import MeshConfig
 
@@ -86,6 +86,14 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
 def test_without_libtpu_it_says_so():
     done = compile_command("lm_dense_pretrain", "--topology", "v5e:2x4")
     assert done.returncode == 2 and "pip install 'jaxmodels[tpu]'" in done.stderr
+
+
+def test_what_lies_in_the_current_folder_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match="unknown experiment 'atlass'"):  # said by the child
+        compile_in_child("atlass", [], "v5e:2x4")
 
 
 @pytest.mark.long

@@ -91,8 +91,10 @@ def compile_in_child(experiment: str, overrides: Sequence[str], topology: str) -
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compile needs libtpu, which is not installed; pip install 'jaxmodels[tpu]' (about 700 MB)")
     request = json.dumps({"experiment": experiment, "overrides": list(overrides), "topology": topology})
-    done = subprocess.run([sys.executable, "-m", "train.runtime.aot", request], env={**os.environ, **ENVIRONMENT},
-                          capture_output=True, text=True)
+    # -P and the path: it imports what this process does, and nothing that lies in the current folder instead
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    done = subprocess.run([sys.executable, "-P", "-m", "train.runtime.aot", request], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": paths, **ENVIRONMENT})
     answer = done.stdout.rpartition("\nRESULT ")[2] if "\nRESULT " in done.stdout else ""
     if not answer:
         tail = " ".join(done.stderr.split())[-600:]
