@@ -104,6 +104,8 @@ def test_unknown_experiments():
         find("tests.tini_experiment")
     with pytest.raises(UserError, match="unknown experiment 'atlass'"):
         find("atlass")
+    with pytest.raises(UserError, match="unknown experiment './configs/atlas.py'; one that is not in configs/"):
+        find("./configs/atlas.py")
     with pytest.raises(UserError, match="is not an experiment"):
         find("tests.test_config")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxmodels import UserError
-from train.runtime.distributed import plan
+from train.runtime.distributed import heartbeat, plan
 
 OURS = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
@@ -33,3 +33,10 @@ def test_one_process(alone):
 def test_bad_environment(change, told):
     with pytest.raises(UserError, match=told):
         plan(OURS | change)
+
+
+def test_the_heartbeat():
+    assert heartbeat({}) == 30 and heartbeat({"JAXMODELS_HEARTBEAT": "5"}) == 5
+    for text in ("0", "1.5", "ten"):
+        with pytest.raises(UserError, match=f"JAXMODELS_HEARTBEAT={text} must be a whole number of seconds"):
+            heartbeat({"JAXMODELS_HEARTBEAT": text})

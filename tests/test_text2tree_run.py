@@ -388,3 +388,11 @@ def test_what_it_refuses(words, told, finished, tmp_path, monkeypatch, capsys):
 def test_from_python_too(finished):
     with pytest.raises(UserError, match="no text is given"):
         predict.predict(finished[1], [])
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    """As Python gives arguments that a Latin-1 terminal has passed on."""
+    for name, about in (("config", {"name": "text2tree"}), ("results", {"status": "complete"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="text 2 holds bytes that are not UTF-8"):
+        predict.predict(tmp_path, ["fever", b"fi\xe8vre".decode("utf-8", "surrogateescape")])

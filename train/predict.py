@@ -47,6 +47,9 @@ def predict(run: str | Path, texts: Sequence[str], top: int | None = None) -> Pr
     if empty := [i + 1 for i, text in enumerate(texts) if not text.strip()]:
         raise UserError(f"{_some(empty)} of {len(texts)} texts {'are' if len(empty) > 1 else 'is'} empty; fill or drop "
                         f"{'them' if len(empty) > 1 else 'it'}")
+    if odd := [i + 1 for i, text in enumerate(texts) if text.encode("utf-8", "ignore").decode() != text]:
+        raise UserError(f"text {_some(odd)} holds bytes that are not UTF-8, as the terminal has passed them on; "
+                        "give it in UTF-8, or with --csv")
     return load_function(function)(config, Path(run), texts, top)
 
 

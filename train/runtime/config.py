@@ -84,6 +84,8 @@ def find(name: str) -> Experiment:
     module_name = name if "." in name else f"{EXPERIMENTS}.{name}"
     if "." not in name and name not in experiment_names():
         raise UserError(f"unknown experiment {name!r}; {did_you_mean(name, experiment_names())}")
+    if name.startswith("."):
+        raise UserError(f"unknown experiment {name!r}; one that is not in {EXPERIMENTS}/ is named as a module is, a.b")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -47,6 +47,14 @@ def plan(environment: Mapping[str, str] = os.environ) -> dict[str, Any] | None:
     return None
 
 
+def heartbeat(environment: Mapping[str, str] = os.environ) -> int:
+    """Seconds until a silent peer counts as dead. Raises UserError for what is no such number."""
+    text = environment.get(HEARTBEAT) or "30"
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{HEARTBEAT}={text} must be a whole number of seconds, at least 1")
+    return int(text)
+
+
 def initialize() -> bool:
     """Joins the other processes, before anything touches a device. Returns whether there are any.
 
@@ -56,11 +64,12 @@ def initialize() -> bool:
     arguments = plan()
     if arguments is None:
         return False
+    seconds = heartbeat()
     import jax
 
     if "cpu" in (jax.config.jax_platforms or ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=int(os.environ.get(HEARTBEAT, "30")))
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=seconds)
     return True
 
 
