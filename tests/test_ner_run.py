@@ -89,6 +89,11 @@ def test_vectors_from_a_file(tmp_path):
         run(tmp_path / "other", data, *options, "model.d_word=9")
 
 
+def test_steps_are_made_of_the_epochs(tmp_path):
+    with pytest.raises(UserError, match="loop.evaluate_every=9: steps are made of the epochs here"):
+        run(tmp_path / "out", tmp_path, "loop.evaluate_every=9")
+
+
 def test_predict(finished, capsys):
     text = "😀 Aspirin eases  pain. Severe\u00a0fever came after Heparin."
     assert cli.main(["predict", str(finished[1]), "--text", "Nothing was seen.", "--text", text]) == 0

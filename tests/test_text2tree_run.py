@@ -271,6 +271,8 @@ def test_bad_input(tmp_path):
         run(tmp_path / "out", path, "data.batch=512")
     with pytest.raises(UserError, match="no model named 'cnm'"):
         run(tmp_path / "out", path, "encoder.name=cnm")
+    with pytest.raises(UserError, match="loop.steps=9: steps are made of the epochs here"):
+        run(tmp_path / "out", path, "loop.steps=9")
     assert not (tmp_path / "out").exists()
 
 

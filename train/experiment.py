@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmodels.errors import Interrupted
+from jaxmodels.errors import Interrupted, UserError
 from train.data import records
 from train.data.pipeline import Batches
 from train.runtime import flops, loop
@@ -85,6 +85,14 @@ def run_together(cfgs: Sequence[Any], folders: Sequence[RunFolder], prepare: Cal
         except Exception as error:
             ends[place] = error
     return ends
+
+
+def check_epochs(cfg: Any) -> None:
+    """Raises UserError for keys of the loop that nothing reads where the epochs say how long a run takes."""
+    for key in ("steps", "evaluate_every"):
+        if getattr(cfg.loop, key) != 1:
+            raise UserError(f"loop.{key}={getattr(cfg.loop, key)}: steps are made of the epochs here, and every epoch "
+                            "is evaluated; leave it out, and set epochs")
 
 
 def plan_step(cfg: Any, plan: Blueprint, step: TrainStep, shapes: Shapes, flops_per_token: float, mesh: Mesh

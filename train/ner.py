@@ -53,6 +53,7 @@ def run(cfg: NerRun, folder: RunFolder) -> None:
     """Trains or finishes one tagger in a run folder."""
     if folder.results().get("finished"):
         return
+    experiment.check_epochs(cfg)
     ner_peers.check_peers(cfg.peers)
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)

@@ -82,6 +82,7 @@ def run_together(cfgs: Sequence[Text2TreeRun], folders: Sequence[RunFolder]) -> 
 
 def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
     """Everything before the training."""
+    experiment.check_epochs(cfg)
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = read(cfg)
