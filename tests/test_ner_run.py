@@ -17,6 +17,7 @@ from jaxmodels.cnn_cnn_lstm.tagger import LENGTHS, Tagger
 from jaxmodels.cnn_cnn_lstm.vocabulary import Vocabulary, pieces
 from jaxmodels.errors import Interrupted, UserError
 from tests.tiny_ner import run, sentences, trained, write
+from train import ner
 from train.data.word_vectors import write_vectors
 from train.runtime.config import resolve
 
@@ -92,6 +93,25 @@ def test_vectors_from_a_file(tmp_path):
 def test_steps_are_made_of_the_epochs(tmp_path):
     with pytest.raises(UserError, match="loop.evaluate_every=9: steps are made of the epochs here"):
         run(tmp_path / "out", tmp_path, "loop.evaluate_every=9")
+
+
+def test_sentences_that_have_changed(tmp_path, monkeypatch):
+    """A run that has begun refuses them; rows of the old ones, which are numbers of their words, serve no other run."""
+    made = []
+
+    def prepares(cfg, folder, source, start, mesh):
+        made.append(ner.prepare_data(cfg, folder, source, start))
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(ner, "train", prepares)
+    (tmp_path / "data").mkdir()
+    for count, out in ((24, "out"), (25, "other")):
+        data = write(tmp_path / "data", count)
+        with pytest.raises(Interrupted):
+            run(tmp_path / out, data)
+    assert len({path.name for path in made}) == 2
+    with pytest.raises(UserError, match="sentences or tags of path:.*data have changed since .*out was begun with"):
+        run(tmp_path / "out", data)
 
 
 def test_predict(finished, capsys):

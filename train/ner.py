@@ -5,6 +5,7 @@ read once, at the end.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -46,6 +47,7 @@ from train.runtime.state import Blueprint, State, blueprint
 from train.runtime.step import TrainStep
 
 CHOSEN_BY = "dev_f1"
+DATA = "data.sha256"  # in the results: `TaggedTexts.digest`
 SETTLED = 25  # steps between evaluations at least: a smaller epoch says little
 
 
@@ -58,7 +60,10 @@ def run(cfg: NerRun, folder: RunFolder) -> None:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = tagged_texts(cfg.data.name, illformed=cfg.data.illformed, limit=cfg.data.limit)
-    folder.write_results({f"data.{name}": value for name, value in source.counts.items()})
+    if folder.results().get(DATA, source.digest) != source.digest:
+        raise UserError(f"sentences or tags of {cfg.data.name} have changed since {folder.dir} was begun with them; "
+                        "put the old ones back, or train in another folder")
+    folder.write_results({f"data.{name}": value for name, value in source.counts.items()} | {DATA: source.digest})
     start = starting_tagger(cfg, source, folder)
     best = train(cfg, folder, source, start, mesh)
     if jax.process_index() == 0:
@@ -180,7 +185,9 @@ def prepare_data(cfg: NerRun, folder: RunFolder, source: TaggedTexts, tagger: Ta
     """Packed rows of the training part, in a ``data-*`` folder of the run (or its sweep)."""
     about = {"data": {key: getattr(cfg.data, key) for key in ("name", "illformed", "length", "limit")},
              "gap": tagger.model.cfg.reach, "vectors": dataclasses.asdict(cfg.vectors), "floor": cfg.model.floor,
-             "chars": cfg.model.chars, "seed": cfg.seed}
+             "chars": cfg.model.chars, "seed": cfg.seed, "sentences": source.digest,
+             # of words that files of vectors have, too: rows are numbers in it
+             "vocabulary": hashlib.sha256(repr(tagger.vocabulary).encode()).hexdigest()}
 
     def prepare(data: Path) -> None:
         rows = tagged_rows(source.parts["train"], tagger.vocabulary, cfg.data.length, tagger.model.cfg.reach, cfg.seed)

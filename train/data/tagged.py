@@ -8,6 +8,7 @@ Parts that are missing are cut from train by a hash of each sentence, so the sam
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,12 @@ class TaggedTexts:
     def words(self) -> int:
         """In the training part."""
         return sum(map(len, self.parts["train"]))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all sentences and their tags."""
+        every = {part: [(tuple(one.words), tuple(one.tags)) for one in self.parts[part]] for part in PARTS}
+        return hashlib.sha256(repr(every).encode()).hexdigest()
 
 
 def tagged_texts(name: str, *, illformed: Repair = "repair", limit: int | None = None) -> TaggedTexts:
