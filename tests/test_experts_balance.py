@@ -204,6 +204,9 @@ def test_files_round_trip(tmp_path, family, qk_norm):
 def test_wrong_settings_say_so():
     with pytest.raises(UserError, match="balance_bias needs the trained router softmax, not all"):
         ExpertConfig(num_experts=4, top_k=2, router="all", balance_bias=True)
+    for wrong in ({"shared": 1}, {"block": 2}):  # a shared expert among the chosen ones would count twice
+        with pytest.raises(UserError, match="a trained router, softmax, takes shared 0 and block 1"):
+            ExpertConfig(num_experts=4, top_k=2, **wrong)
     good = config_to_hf(BALANCED)
     for bad in (1, "yes", None, []):
         with pytest.raises(UserError, match="true or false is needed"):

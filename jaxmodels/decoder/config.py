@@ -18,7 +18,7 @@ class ExpertConfig:
     top_k: experts per token. renormalise: chosen weights sum to 1 (trained routers only).
     shared: the first ``shared`` experts run for every token. block: neighbouring tokens that are routed
         together, from the start of the row. Their choice then depends on tokens that follow, so losses are not causal,
-        and a cached step, which sees one token, chooses for that token alone.
+        and a cached step, which sees one token, chooses for that token alone. Both are for split layers only.
     balance_bias: the choice, not the weights, reads a bias that training moves towards equal load (softmax only).
     """
 
@@ -39,6 +39,9 @@ class ExpertConfig:
                             f"({self.num_experts} less {self.shared} that always run)")
         if self.block < 1:
             raise UserError(f"block {self.block} must be at least 1 token")
+        if self.router == "softmax" and (self.shared or self.block > 1):
+            raise UserError(f"shared {self.shared} and block {self.block} are for layers that were split; a trained "
+                            "router, softmax, takes shared 0 and block 1")
         if self.balance_bias and self.router != "softmax":
             raise UserError(f"balance_bias needs the trained router softmax, not {self.router}; set it to False")
 
