@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmodels import Taps, UserError
+from jaxmodels import DecoderConfig, Taps, UserError
 from jaxmodels.decoder.model import Cache
 from jaxmodels.experts.models import unroll
 from jaxmodels.hub.models import build, leaves
@@ -143,6 +143,17 @@ def test_the_head_runs_only_where_it_is_asked_for(tokens):
     hidden, _ = model(tokens, logits="hidden")
     assert hidden.shape == (2, T, 32)
     close(model.unembed(hidden), model(tokens)[0])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"norm_placement": "Pre"}, "norm_placement 'Pre' is not one of pre, post"),
+    ({"qk_norm": "heads"}, "qk_norm 'heads' is not one of None, head, full"),
+    ({"activation": "swish"}, "activation 'swish' is not one of silu"),
+    ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+])  # fmt: skip
+def test_settings_that_no_decoder_has(change, words):
+    with pytest.raises(UserError, match=words):
+        DecoderConfig.tiny(**change)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(5, np.int32), np.zeros((2, 5, 1), np.int32), np.zeros((2, 5))])

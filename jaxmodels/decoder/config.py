@@ -6,6 +6,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.layers.rotary import RopeConfig
 
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
+_CHOICES = {"norm_placement": ("pre", "post"), "qk_norm": (None, "head", "full"),
+            "activation": ("silu", "gelu", "gelu_tanh", "relu")}
 ROUTERS = ("softmax", "all", "oracle", "similarity", "linear", "mlp", "markers", "random")
 
 
@@ -92,6 +94,11 @@ class DecoderConfig:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise UserError(f"remat policy {self.remat!r} is unknown; choose from {', '.join(REMAT)}")
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise UserError(f"{field} {getattr(self, field)!r} is not one of {', '.join(map(str, choices))}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
     @property
     def num_layers(self) -> int:
