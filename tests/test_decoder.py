@@ -143,6 +143,8 @@ def test_the_head_runs_only_where_it_is_asked_for(tokens):
     hidden, _ = model(tokens, logits="hidden")
     assert hidden.shape == (2, T, 32)
     close(model.unembed(hidden), model(tokens)[0])
+    with pytest.raises(UserError, match="logits 'lats' is not one of all, last, none, hidden"):
+        model(tokens, logits="lats")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -156,7 +158,8 @@ def test_settings_that_no_decoder_has(change, words):
         DecoderConfig.tiny(**change)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros(5, np.int32), np.zeros((2, 5, 1), np.int32), np.zeros((2, 5))])
+@pytest.mark.parametrize("wrong", [np.zeros(5, np.int32), np.zeros((2, 5, 1), np.int32), np.zeros((2, 5)),
+                                   np.zeros((0, 5), np.int32), np.zeros((2, 0), np.int32)])
 def test_tokens_of_another_shape_or_type_are_refused(wrong):
     with pytest.raises(UserError, match=r"int32\[B, T\]"):
         random_model(DENSE).forward(wrong)  # the call itself is type-checked here before it can tell

@@ -394,6 +394,8 @@ def test_parameters_name_their_logical_axes(name):
     (lambda m: m(np.array([[0, -1, 2]], np.int32)), "token id -1 is not"),
     (lambda m: m.forward(np.zeros(5, np.int32)), r"tokens are int32\[5\]; a batch of rows is needed: int32\[B, T\]"),
     (lambda m: m.forward(np.zeros((2, 5))), "tokens are float"),
+    (lambda m: m(np.zeros((0, 5), np.int32)), r"tokens are int32\[0, 5\]; a batch of rows is needed"),
+    (lambda m: m(np.zeros((2, 0), np.int32)), r"tokens are int32\[2, 0\]; a batch of rows is needed"),
     (lambda m: m.forward(soft=np.zeros((2, 5, 20), np.float32)), r"float\[B, T, 33\]"),
     (lambda m: m.forward(), "neither tokens nor soft tokens are given"),
     (lambda m: m(padded(T), output="logit"), "output 'logit' is not one of logits, hidden, class, none"),

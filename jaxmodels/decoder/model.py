@@ -26,6 +26,7 @@ from jaxmodels.taps import NO_TAPS, Probe, Taps
 
 POINTS = ("embedding", "residual", "attention.query", "attention.key", "attention.value", "attention.probability",
           "attention.output", "ffn.gate", "ffn.up", "ffn.hidden", "ffn.output", "router.logits")
+LOGITS = ("all", "last", "none", "hidden")
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +114,7 @@ class Decoder(nnx.Module):
         Returns:
           (float32[B, T, V], aux), aux: a dict of recordings by point, with a leading layer axis.
 
-        Raises UserError for tokens that are no int[B, T], and for taps at points the model lacks or that do not fit.
+        Raises UserError for tokens that are no int[B, T] or none at all, and for taps at points the model lacks or that do not fit.
         """
         graphdef, state = nnx.split(self)
         return _run(graphdef, state, tokens, mask, positions, segments, taps, logits)
@@ -126,8 +127,10 @@ class Decoder(nnx.Module):
         """
         cfg = self.cfg
         _check_taps(taps, cfg)
+        if logits not in LOGITS:
+            raise UserError(f"logits {logits!r} is not one of {', '.join(LOGITS)}")
         tokens = jnp.asarray(tokens)
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; a batch of rows is needed: int32[B, T]")
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         context, cache = make_context(cfg, mask, positions, segments, cache)

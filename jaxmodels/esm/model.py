@@ -270,7 +270,7 @@ def _check_inputs(tokens, soft, cfg: EsmConfig):
     if tokens is None:
         raise UserError("neither tokens nor soft tokens are given; pass tokens int32[B, T] or soft float[B, T, V]")
     tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}; a batch of rows is needed: int32[B, T]")
     return tokens, soft
 
