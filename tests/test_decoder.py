@@ -165,6 +165,19 @@ def test_tokens_of_another_shape_or_type_are_refused(wrong):
         random_model(DENSE).forward(wrong)  # the call itself is type-checked here before it can tell
 
 
+def test_ids_beyond_the_vocabulary_are_refused(tokens):
+    """Not the logits of the nearest token, silently; what stands in padding does not matter."""
+    model = random_model(DENSE)
+    for wrong in (97, -1):
+        ids, mask = tokens.copy(), np.ones(tokens.shape, bool)
+        ids[1, -1] = wrong
+        for given in (None, mask):
+            with pytest.raises(UserError, match=f"token id {wrong} is not in the vocabulary; ids are 0 to 96"):
+                model(ids, mask=given)
+        mask[1, -1] = False
+        assert np.isfinite(model(ids, mask=mask)[0]).all()
+
+
 def test_a_sharded_batch_on_eight_devices(model):
     tokens = np.random.default_rng(5).integers(0, 97, (8, T)).astype(np.int32)
     expected = model(tokens)[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmodels.decoder.config import DecoderConfig
@@ -114,8 +115,10 @@ class Decoder(nnx.Module):
         Returns:
           (float32[B, T, V], aux), aux: a dict of recordings by point, with a leading layer axis.
 
-        Raises UserError for tokens that are no int[B, T] or none at all, and for taps at points the model lacks or that do not fit.
+        Raises UserError for tokens that are no int[B, T] or none at all, for real tokens in NumPy arrays that are not
+        in the vocabulary, and for taps at points the model lacks or that do not fit.
         """
+        _check_ids(tokens, mask, self.cfg.vocab_size)
         graphdef, state = nnx.split(self)
         return _run(graphdef, state, tokens, mask, positions, segments, taps, logits)
 
@@ -201,6 +204,20 @@ def make_context(cfg: DecoderConfig, mask, positions=None, segments=None, cache=
     if cfg.windows is not None and any(w is not None for w in cfg.windows):
         distance = positions[:, :, None] - key_positions[:, None, :]
     return Context(cfg.rope.rotation(positions, cfg.head_dim), allowed, distance, write_at), cache
+
+
+def _check_ids(tokens, mask, vocab_size: int) -> None:
+    """Of what lies in the host's memory: a look-up takes the nearest row for an id beyond the table."""
+    if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer):
+        return
+    if mask is not None:
+        if not isinstance(mask, np.ndarray) or mask.shape != tokens.shape:
+            return
+        tokens = tokens[mask.astype(bool)]
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise UserError(f"token id {wrong} is not in the vocabulary; ids are 0 to {vocab_size - 1}: use the model's "
+                        "own tokenizer")
 
 
 def _check_taps(taps: Taps, cfg: DecoderConfig) -> None:
