@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import jaxmodels
-from jaxmodels import UserError, cli
+from jaxmodels import DecoderConfig, UserError, cli
 from jaxmodels.esm.alphabet import encode
 from jaxmodels.esm.embed import buckets, cut, embed, plan
 from jaxmodels.esm.fasta import Record, clean
 from tests.tiny_esm import random_esm, tiny
-from tests.tiny_models import DENSE, random_model
+from tests.tiny_models import random_model
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -154,7 +154,7 @@ def test_the_command(tmp_path, model, records, expected, capsys):
     written = capsys.readouterr()
     assert written.out.strip() == str(out) and "40 proteins" in written.err
     assert np.allclose(np.load(out)["embeddings"][0], expected[0][1:-1].mean(0), atol=1e-5)
-    jaxmodels.save(random_model(DENSE), tmp_path / "decoder")
+    jaxmodels.save(random_model(DecoderConfig.tiny()), tmp_path / "decoder")
     for wrong, words in ((["--pool", "max"], "--pool 'max' is unknown"), (["--batch-tokens", "-1"], "at least 1"),
                          (["--model", str(tmp_path / "decoder")], "need an ESM encoder; this model is a Decoder")):
         assert cli.main([*arguments, *wrong]) == 2

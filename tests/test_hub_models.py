@@ -1,5 +1,6 @@
 """jaxmodels.load and jaxmodels.save: what is wrong with a folder reaches the user as one line; tokenizers travel."""
 
+import dataclasses
 import json
 import struct
 
@@ -11,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import jaxmodels
 from jaxmodels import DecoderConfig, UserError
+from jaxmodels.decoder.config import ExpertConfig
 from jaxmodels.decoder.convert import config_from_hf, config_to_hf
 from jaxmodels.hub import load_tokenizer, resolve
 from jaxmodels.hub.safetensors_file import SafetensorsFile
@@ -74,7 +76,8 @@ def test_configs_that_do_not_fit(broken, change, words):
 @pytest.mark.parametrize("name", ["dense", "experts"])
 def test_configs_of_wrong_kinds(name):
     """Whatever stands at a key: a configuration, or one line that names the key; never another exception."""
-    good = config_to_hf(TINY if name == "dense" else EXPERT.__class__(**(vars(EXPERT) | {"family": "qwen3_moe"})))
+    good = config_to_hf(TINY if name == "dense" else dataclasses.replace(
+        EXPERT, family="qwen3_moe", qk_norm="head", norm_placement="pre"))
     good |= {"layer_types": ["full_attention"] * 9, "mlp_only_layers": [], "rope_scaling": {}, "max_window_layers": 1,
              "use_sliding_window": False, "sliding_window": 4, "clip_qkv": 1.0, "jaxmodels": {}}
     config_from_hf(good)
@@ -129,6 +132,29 @@ def test_header_lengths_that_look_like_a_pickle(tmp_path):
     file.write_bytes(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94.")
     with pytest.raises(UserError, match="pickle"):
         SafetensorsFile(file)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"qk_norm": "head"}, "a llama model has no qk_norm 'head', and would be read back with None; set family to"),
+    ({"norm_placement": "post"}, "a llama model has no norm_placement 'post'"),
+    ({"qkv_bias": True}, "a llama model has no qkv_bias True"),
+    ({"windows": (4, 4)}, "a llama model has no windows"),
+    ({"windows": (4, 3), "family": "mistral"}, "a mistral model has no windows"),
+    ({"experts": ExpertConfig(4, 2)}, "a llama model has no experts"),
+    ({"experts": ExpertConfig(4, 2, renormalise=False), "family": "mixtral"}, "a mixtral model has no experts"),
+    ({"mlp_bias": True, "family": "mistral"}, "a mistral model has no mlp_bias True"),
+])  # fmt: skip
+def test_settings_that_the_family_does_not_have(tmp_path, change, words):
+    """Written, they would be lost: the folder would load as another model."""
+    with pytest.raises(UserError, match=words):
+        jaxmodels.save(random_model(dataclasses.replace(TINY, **change)), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_experts_wider_than_the_dense_layers_beside_them(tmp_path):
+    model = random_model(dataclasses.replace(TINY, family="qwen3_moe", qk_norm="head", ffn_widths=(24, 12),
+                                             experts=ExpertConfig(4, 2), expert_layers=(True, False)))
+    assert jaxmodels.load(jaxmodels.save(model, tmp_path / "m")).cfg.ffn_widths == (24, 12)
 
 
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ _KINDS = {  # what config.json may hold -> the keys that hold it
     "a list of integers": ("mlp_only_layers",),
     "an integer": ("bos_token_id", "pad_token_id", "max_window_layers"),
 }
+_NOT_WRITTEN = ("dtype", "param_dtype", "scan_layers", "remat")  # how a model runs, not what it is
 _IS = {
     "a positive integer": lambda v: type(v) is int and 0 < v < 2**31,
     "a positive number": lambda v: type(v) in (int, float) and 0 < v < 1e30,
@@ -218,13 +219,16 @@ def _windows(family: str, hf: dict[str, Any], layers: int):
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json that transformers reads; what it cannot express stands under ``jaxmodels``."""
+    """The config.json that transformers reads; what it cannot express stands under ``jaxmodels``.
+
+    UserError for a setting that the family does not have: the file would be read back as another model."""
     family, experts = config.family, config.experts
     trained = experts is not None and experts.router == "softmax"
     split = experts is not None and not trained
     if trained and not any(map(config.has_experts, range(config.num_layers))):
         raise UserError("no layer of this configuration has experts; set experts and expert_layers to None")
     widths = tuple(w * experts.num_experts for w in config.ffn_widths) if split else config.ffn_widths
+    dense = [w for i, w in enumerate(widths) if split or not config.has_experts(i)]
     rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
     if config.rope.kind != "default":
         rope |= {name: getattr(config.rope, _ROPE_FIELDS[name]) for name in _ROPE_WRITTEN[config.rope.kind]
@@ -233,7 +237,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[family]], "model_type": family, "vocab_size": config.vocab_size,
         "hidden_size": config.d_model, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "intermediate_size": max(widths), "rms_norm_eps": config.norm_eps,
+        "head_dim": config.head_dim, "intermediate_size": max(dense or widths), "rms_norm_eps": config.norm_eps,
         "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
         "max_position_embeddings": config.max_positions, "tie_word_embeddings": config.tied,
         "attention_bias": config.out_bias, "rope_theta": config.rope.theta, "rope_parameters": rope,
@@ -246,7 +250,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         hf["mlp_bias"] = config.mlp_bias
     if config.clip_qkv is not None:
         hf["clip_qkv"] = config.clip_qkv
-    if config.windows is not None:
+    if any(w is not None for w in config.windows or ()):
         sliding = [w is not None for w in config.windows]
         hf["sliding_window"] = next(w for w in config.windows if w is not None)
         if family.startswith("qwen"):
@@ -278,7 +282,25 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         ours["ffn_widths"] = list(widths)
     if config.down_bias and not config.mlp_bias:
         ours["down_bias"] = True
-    return hf | ({"jaxmodels": ours} if ours else {})
+    hf |= {"jaxmodels": ours} if ours else {}
+    _check_expressed(config, config_from_hf(hf))
+    return hf
+
+
+def _check_expressed(config: DecoderConfig, back: DecoderConfig) -> None:
+    """``back`` is what a reader makes of the file that is written for ``config``."""
+    def comparable(cfg: DecoderConfig) -> dict[str, Any]:
+        frequencies, factor = cfg.rope.frequencies(cfg.head_dim)
+        return vars(cfg) | {
+            "rope": (*frequencies.tolist(), factor),
+            "expert_layers": [cfg.has_experts(i) for i in range(cfg.num_layers)],
+            "windows": cfg.windows or (None,) * cfg.num_layers} | dict.fromkeys(_NOT_WRITTEN)
+
+    wanted, got = comparable(config), comparable(back)
+    lost = next((name for name in wanted if wanted[name] != got[name]), None)
+    if lost is not None:
+        raise UserError(f"a {config.family} model has no {lost} {getattr(config, lost)!r:.80}, and would be read back "
+                        f"with {getattr(back, lost)!r:.80}; set family to one that has it ({', '.join(ARCHITECTURES)})")
 
 
 def entries(config: DecoderConfig) -> list[Entry]:
