@@ -168,6 +168,9 @@ def _experts(family: str, hf: dict[str, Any], layers: int):
     count = hf.get("num_local_experts") or hf.get("num_experts")
     if not count:
         raise UserError(f"config.json of a {family} model has no num_experts; fetch the model's own config.json")
+    if count * layers > 1_000_000:  # each is listed before the weights are looked at
+        raise UserError(f"config.json: {count} experts in {layers} layers are over the limit of a million; fetch the "
+                        "model's own config.json")
     renormalise = True if family == "mixtral" else bool(hf.get("norm_topk_prob", False))
     experts = ExpertConfig(num_experts=count, top_k=hf.get("num_experts_per_tok", 2), renormalise=renormalise)
     return experts, None if sparse is None or all(sparse) else sparse
