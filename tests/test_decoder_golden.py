@@ -92,6 +92,19 @@ def test_both_spellings_of_rope(kind):
     assert config_from_hf({k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling")}) == config
 
 
+@pytest.mark.parametrize("family, eps, theta, top_k", [
+    ("llama", 1e-6, 1e4, None), ("olmo2", 1e-5, 1e4, None), ("mixtral", 1e-5, 1e6, 2), ("olmoe", 1e-5, 1e4, 8),
+    ("qwen3_moe", 1e-6, 1e4, 8),
+])  # fmt: skip
+def test_keys_that_are_left_out(family, eps, theta, top_k):
+    """Defaults of transformers 5: LlamaConfig() and its kin."""
+    left_out = ("rms_norm_eps", "rope_theta", "rope_parameters", "num_experts_per_tok")
+    config = config_from_hf({k: v for k, v in golden_config(family).items() if k not in left_out}
+                            | {"num_local_experts": 16, "num_experts": 16})
+    assert (config.norm_eps, config.rope.theta) == (eps, theta)
+    assert (config.experts and config.experts.top_k) == top_k
+
+
 def test_windows_that_no_layer_has(tmp_path):
     """Qwen2 configs often carry a window whose first layer lies beyond the last one."""
     config = golden_config("qwen2") | {"max_window_layers": 28, "layer_types": None}

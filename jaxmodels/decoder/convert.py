@@ -40,6 +40,10 @@ _ROPE_WRITTEN = {
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
              "mscale_all_dim", "truncate"),
 }
+_DEFAULTS = {  # transformers' own for keys that a config.json leaves out, where they differ from Llama's
+    "olmo2": {"rms_norm_eps": 1e-5}, "olmoe": {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6}, "qwen3_moe": {"num_experts_per_tok": 8},
+}
 _ROPE_KINDS = tuple(_ROPE_WRITTEN)
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _KINDS = {  # what config.json may hold -> the keys that hold it
@@ -76,6 +80,7 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         raise UserError(f"model_type {family!r} is not one that the decoder reads; supported: "
                         f"{', '.join(sorted(MODEL_TYPES))}")
     _check(hf)
+    hf = _DEFAULTS.get(family, {}) | hf
     missing = [k for k in _NEEDED if k not in hf]
     if missing:
         raise UserError(f"config.json has no {missing[0]!r}; fetch the model's own config.json")
