@@ -359,16 +359,20 @@ def command_prune(arguments: argparse.Namespace) -> int:
 
 
 def _read_keep(path: str):
+    from zipfile import BadZipFile
+
     import numpy as np
 
     try:
         keep = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if isinstance(keep, np.lib.npyio.NpzFile):
+            if len(keep.files) != 1:
+                raise UserError(f"{path} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
+            keep = keep[keep.files[0]]
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:  # what damaged files end in
         raise UserError(f"cannot read {path} as .npy or .npz: {error}") from error
-    if isinstance(keep, np.lib.npyio.NpzFile):
-        if len(keep.files) != 1:
-            raise UserError(f"{path} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
-        keep = keep[keep.files[0]]
     if keep.ndim != 2 or keep.dtype != bool:
         raise UserError(f"{path} holds {keep.dtype}{list(keep.shape)}; it must hold bool[layers, experts] or "
                         "bool[layers, neurons]")  # fmt: skip

@@ -168,6 +168,20 @@ def keep_file(path, keep):
     return path
 
 
+def test_damaged_keep_files(places, capsys, tmp_path):
+    np.savez(tmp_path / "cut.npz", keep=np.ones((L, F), bool))
+    np.savez(tmp_path / "flipped.npz", keep=np.ones((L, F), bool))
+    np.savez(tmp_path / "objects.npz", keep=np.array([object()], object))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:100])
+    raw = (tmp_path / "flipped.npz").read_bytes()
+    (tmp_path / "flipped.npz").write_bytes(raw.replace(b"\1" * L * F, b"\0" * L * F))
+    with open(tmp_path / "huge.npy", "wb") as file:  # 1 PB announced, nothing there
+        np.lib.format.write_array_header_1_0(file, {"descr": "|b1", "fortran_order": False, "shape": (10**6, 10**9)})
+    for name in ("cut.npz", "flipped.npz", "objects.npz", "huge.npy"):
+        refused(capsys, f"{name} as .npy or .npz", "prune", places / "model", "--keep", tmp_path / name, "--out",
+                tmp_path / "m", out=tmp_path / "m")
+
+
 @pytest.mark.long
 def test_prune_neurons_and_experts_of_a_file(places, capsys, tmp_path, tokens, model):
     neurons = np.random.default_rng(1).random((L, F)) < 0.5
