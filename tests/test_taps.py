@@ -254,6 +254,9 @@ def test_layers_of_unequal_width(models, tokens):
     mask[0, ..., 10:], mask[1, ..., 5:], mask[2, ..., 3:] = False, False, False
     taps = Taps(record=("ffn.hidden", "ffn.output"), mask={"ffn.hidden": mask},
                 reduce={"ffn.up": lambda v, m: v.sum((0, 1))})
+    products = model(tokens, taps=Taps(reduce={"ffn.hidden": lambda v, m: jnp.einsum("btf,btg->fg", v, v)}))[1]
+    assert products["ffn.hidden"].shape == (L, 48, 48)  # padded along both axes
+    assert not np.asarray(products["ffn.hidden"])[2, 9:].any()
     logits, aux = model(tokens, taps=taps)
     assert aux["ffn.width"].tolist() == [20, 48, 9] and aux["ffn.up"].shape == (L, 48)
     assert aux["ffn.hidden"].shape == (L, B, T, 48)

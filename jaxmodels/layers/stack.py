@@ -150,10 +150,9 @@ def _gather(recorded: list[dict[str, Any]], cfg) -> dict[str, Any]:
     Zero in layers that lack a point: ``router.logits`` of the dense layers among expert layers.
     """
     def join(*parts):
-        width = max(p.shape[-1] for p in parts) if parts[0].ndim > 1 else 0
-        parts = [p if p.ndim == 1 or p.shape[-1] == width
-                 else jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, width - p.shape[-1])]) for p in parts]
-        return jnp.concatenate(parts)
+        widest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+        return jnp.concatenate([jnp.pad(p, [(0, 0), *((0, w - n) for w, n in zip(widest, p.shape[1:], strict=True))])
+                                for p in parts])
 
     aux = {}
     for name in dict.fromkeys(n for out in recorded for n in out):
