@@ -134,6 +134,7 @@ def test_one_compilation_for_each_shape(prompts, caplog):
     ([[97]], 3, {}, "97 is outside the vocabulary"),
     ([[-1]], 3, {}, "-1 is outside the vocabulary"),
     ([[1]], 0, {}, "max_new_tokens 0"),
+    ([[1]], 1, {"seed": 2**63}, "seed 9223372036854775808 does not fit 64 bits"),
     ([[1] * 2000], 49, {}, "2000 tokens \\+ 49"),
 ])  # fmt: skip
 def test_bad_prompts(dense, prompts, new, kwargs, words):

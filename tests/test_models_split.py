@@ -180,10 +180,13 @@ def test_refitted_down_projections_round_trip(tokens, tmp_path):
     ({"expert_size": 6, "router": "linear", "top_k": 0}, "top_k 0"),
     ({"expert_size": 6, "router": "linear", "block": 0}, "block 0"),
     ({"expert_size": 6, "num_shared": 1}, "num_shared = 1 needs method"),
+    ({"expert_size": 6, "seed": -1}, "seed = -1 must be at least 0"),
 ])  # fmt: skip
 def test_bad_splits(dense, options, words):
+    searched = []
     with pytest.raises(UserError, match=words) as caught:
-        jaxmodels.split(dense, **options)
+        jaxmodels.split(dense, **options, progress=lambda done, layers: searched.append(done))
+    assert not searched
     assert "\n" not in str(caught.value)
 
 

@@ -74,6 +74,8 @@ def stream(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
     longest = int(mask.sum(1).max())
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed {seed} does not fit 64 bits; choose a smaller one")
     if longest + max_new_tokens > cfg.max_positions:
         raise UserError(f"prompt of {longest} tokens + {max_new_tokens} new ones exceeds the model's "
                         f"{cfg.max_positions} positions; shorten one of them")

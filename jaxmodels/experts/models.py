@@ -127,16 +127,15 @@ def split(model: Decoder, *, num_experts: int | None = None, expert_size: int | 
     if len({experts for experts, _ in sizes}) > 1:
         raise UserError("layers of unequal width need num_experts, not expert_size: every layer must get as many")
     experts = next(iter(sizes))[0]
-    top_k = experts - num_shared if top_k is None else top_k
-    if not 1 <= top_k <= experts - num_shared:
-        raise UserError(f"top_k {top_k} must lie in 1..{experts - num_shared}, the number of routed experts")
+    # Before the search, which may take long.
+    config = ExpertConfig(experts, experts - num_shared if top_k is None else top_k, router=router, renormalise=False,
+                          shared=num_shared, block=block)
     dense = ffn_layers(model)
     activations, importance = (x if x is None else list(x) for x in (activations, importance))
     done = split_many(dense, num_experts=num_experts, expert_size=expert_size, method=method, seed=seed,
                       activations=activations, importance=importance, num_shared=num_shared, pad=pad,
                       processes=processes, progress=progress, activation=model.cfg.activation, **options)
     splits = tuple(s for _, s in done)
-    config = ExpertConfig(experts, top_k, router=router, renormalise=False, shared=num_shared, block=block)
     expert_model = with_ffn(
         model, [weights for weights, _ in done],
         [_router_parameters(router, ffn, s, model.cfg.activation) for ffn, s in zip(dense, splits, strict=True)],

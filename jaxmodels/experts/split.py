@@ -139,6 +139,8 @@ def find_split(
     """The search of `split_ffn` without touching the weights; `down` is not needed."""
     _check_choice("method", method, METHODS)
     _check_choice("vector", vector, VECTORS)
+    if seed < 0:
+        raise UserError(f"seed = {seed} must be at least 0")
     neurons = ffn["up"].shape[1]
     experts, size = expert_shape(neurons, num_experts, expert_size, pad)
     padded = experts * size - neurons
