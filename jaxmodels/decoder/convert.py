@@ -9,6 +9,7 @@ import numpy as np
 from jaxmodels.decoder.config import DecoderConfig, ExpertConfig
 from jaxmodels.errors import UserError
 from jaxmodels.experts.module import router_shapes
+from jaxmodels.hub.config_values import check
 from jaxmodels.hub.entries import (
     Entry,
     Source,
@@ -60,15 +61,6 @@ _KINDS = {  # what config.json may hold -> the keys that hold it
     "an integer": ("bos_token_id", "pad_token_id", "max_window_layers"),
 }
 _NOT_WRITTEN = ("dtype", "param_dtype", "scan_layers", "remat")  # how a model runs, not what it is
-_IS = {
-    "a positive integer": lambda v: type(v) is int and 0 < v < 2**31,
-    "a positive number": lambda v: type(v) in (int, float) and 0 < v < 1e30,
-    "true or false": lambda v: type(v) is bool,
-    "an object": lambda v: isinstance(v, dict),
-    "a list": lambda v: isinstance(v, list),
-    "a list of integers": lambda v: isinstance(v, list) and all(type(i) is int for i in v),
-    "an integer": lambda v: type(v) is int and abs(v) < 2**31,
-}
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
@@ -79,7 +71,7 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     if family not in MODEL_TYPES:
         raise UserError(f"model_type {family!r} is not one that the decoder reads; supported: "
                         f"{', '.join(sorted(MODEL_TYPES))}")
-    _check(hf)
+    check(hf, _KINDS)
     hf = _DEFAULTS.get(family, {}) | hf
     missing = [k for k in _NEEDED if k not in hf]
     if missing:
@@ -123,14 +115,6 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"),
         eos_ids=tuple(eos))
     return _with_ours(config, hf.get("jaxmodels", {}))
-
-
-def _check(values: dict[str, Any]) -> None:
-    for kind, keys in _KINDS.items():
-        for key in keys:
-            if key in values and not _IS[kind](values[key]):
-                raise UserError(f"config.json: {key} is {values[key]!r:.80}; {kind} is needed; fetch the model's own "
-                                "config.json")
 
 
 def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
@@ -185,7 +169,7 @@ def _rope(hf: dict[str, Any]) -> RopeConfig:
     """``rope_theta`` and ``rope_scaling`` (transformers 4.x) or ``rope_parameters`` (5.x)."""
     given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     parameters = {key: value for key, value in given.items() if value is not None}
-    _check(parameters)
+    check(parameters, _KINDS)
     theta = parameters.get("rope_theta", hf.get("rope_theta", 10_000.0))
     kind = str(parameters.get("rope_type", parameters.get("type", "default")))
     if parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1:

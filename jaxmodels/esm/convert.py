@@ -9,6 +9,7 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.esm.alphabet import CLS, EOS, MASK, PAD, TOKENS
 from jaxmodels.esm.config import EsmConfig
+from jaxmodels.hub.config_values import check
 from jaxmodels.hub.entries import (
     Entry,
     Source,
@@ -21,6 +22,14 @@ from jaxmodels.hub.entries import (
 
 MODEL_TYPES = frozenset(("esm", "roberta"))
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_KINDS = {  # what config.json may hold -> the keys that hold it
+    "a positive integer": (*_NEEDED, "max_position_embeddings", "num_labels"),
+    "a positive number": ("layer_norm_eps", "rope_theta"),
+    "true or false": ("token_dropout", "emb_layer_norm_before"),
+    "an object": ("rope_parameters", "id2label"),
+    "a list": ("architectures",),
+    "an integer": ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"),
+}
 _NAMES = {"esm": "Esm", "roberta": "Roberta"}
 
 
@@ -34,10 +43,12 @@ def config_from_hf(hf: dict[str, Any]) -> EsmConfig:
     if family not in MODEL_TYPES:
         raise UserError(f"model_type {family!r} is not one that the encoder reads; supported: "
                         f"{', '.join(sorted(MODEL_TYPES))}")
-    for key in _NEEDED:
-        if type(hf.get(key)) is not int or not 0 < hf[key] < 2**31:
-            raise UserError(f"config.json: {key} is {hf.get(key)!r:.80}; a positive integer is needed; fetch the "
-                            "model's own config.json")
+    check(dict.fromkeys(_NEEDED) | hf, _KINDS)
+    check(hf.get("rope_parameters", {}), _KINDS)
+    for key in ("pad_token_id", "mask_token_id"):  # rows of the embedding, and of tables that follow it
+        if not 0 <= hf.get(key, 0) < hf["vocab_size"]:
+            raise UserError(f"config.json: {key} is {hf[key]}, vocab_size {hf['vocab_size']}; it must be one of its "
+                            "tokens; fetch the model's own config.json")
     if hf["num_hidden_layers"] > 10_000:  # each costs memory before the weights are looked at
         raise UserError(f"num_hidden_layers {hf['num_hidden_layers']} is over the limit of 10000; fetch the model's "
                         "own config.json")

@@ -102,7 +102,7 @@ def _kind(checkpoint: Checkpoint) -> str:
     model_type = checkpoint.config.get("model_type")
     known = {kind: importlib.import_module(f"jaxmodels.{kind}.convert").MODEL_TYPES for kind in KINDS}
     for kind, types in known.items():
-        if model_type in types:
+        if isinstance(model_type, str) and model_type in types:
             return kind
     if model_type is None and any("encoder.layer." in name for name in checkpoint.names()):
         return "esm"  # the config.json of some encoders says everything but this
