@@ -129,6 +129,16 @@ def test_rope_scaling(tmp_path):
     assert config("b.gguf", linear) == {"rope_type": "linear", "factor": 2.0}
     yarn = linear | {"{}.rope.scaling.type": "yarn", "{}.rope.scaling.original_context_length": 64}
     assert config("c.gguf", yarn) == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    fast = {"{}.rope.scaling.yarn_beta_fast": 16.0, "{}.rope.scaling.yarn_ext_factor": 1.0}
+    assert config("g.gguf", yarn | fast)["beta_fast"] == 16.0 and "beta_slow" not in config("h.gguf", yarn | fast)
+    for key in ("yarn_attn_factor", "attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        with pytest.raises(UserError, match=f"rope.scaling.{key} is 0.5, which is not supported"):
+            config(f"{key}.gguf", yarn | {"{}.rope.scaling." + key: 0.5})
+    # llama.cpp takes a factor without a type, and the name that it had before 2023-10, for linear.
+    for number, key in enumerate(("{}.rope.scaling.factor", "{}.rope.scale_linear")):
+        assert config(f"l{number}.gguf", {key: 4.0}) == {"rope_type": "linear", "factor": 4.0}
+    with pytest.raises(UserError, match="rope.scaling.factor is missing"):
+        config("m.gguf", {"{}.rope.scaling.type": "linear"})
     with pytest.raises(UserError, match="longrope"):
         config("d.gguf", {"{}.rope.scaling.type": "longrope"})
     # Llama 3.2: factor 32, low 1, high 4, 8192; the converter stores the factors only.
@@ -222,7 +232,8 @@ def test_unknown_architecture_quantisation_and_tensor(tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("embedding_length", None), ("attention.head_count", [4, 4]), ("attention.head_count", 0), ("block_count", "x")],
+    [("embedding_length", None), ("attention.head_count", [4, 4]), ("attention.head_count", 0), ("block_count", "x"),
+     ("rope.dimension_count", "x")],
 )
 def test_metadata_that_is_missing_or_odd(tmp_path, key, value):
     stored, _ = gguf_files.decoder(np.random.default_rng(0), L=1)

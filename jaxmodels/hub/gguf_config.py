@@ -30,6 +30,10 @@ ARCHITECTURES = {
     "olmoe": Architecture("olmoe", "OlmoeForCausalLM"),
 }
 MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", permuted=True)
+_NEUTRAL = {  # factors of YaRN that Hugging Face's rule has no place for -> the values that change nothing
+    "attn_factor": (1.0,), "yarn_attn_factor": (1.0, -1.0), "yarn_ext_factor": (1.0, -1.0),
+    "yarn_log_multiplier": (0.0,),
+}
 MISTRAL = ARCHITECTURES["mistral"]
 
 
@@ -63,7 +67,7 @@ def hf_config(
     width, heads = get("embedding_length", int), get("attention.head_count", int)
     if heads < 1 or width < 1:
         raise UserError(f"{path}: {heads} heads and width {width}; both must be at least 1")
-    head_width = get("attention.key_length", int, metadata.get(f"{prefix}.rope.dimension_count") or width // heads)
+    head_width = get("attention.key_length", int, get("rope.dimension_count", int, width // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, int, head_width) != head_width:
             raise UserError(f"{path}: {prefix}.{key} is {get(key, int)}, the head width {head_width}; must be equal")
@@ -112,13 +116,22 @@ def _experts(model_type: str, experts: int, get: Any, dense_width: int) -> dict[
 def _rope_scaling(path: Path, get: Any, factors: np.ndarray | None, head_width: int) -> dict[str, Any] | None:
     if factors is not None:
         return _llama3_scaling(path, factors, get("rope.freq_base", float, 10000.0), head_width)
-    kind = get("rope.scaling.type", str, "none")
+    for key, neutral in _NEUTRAL.items():
+        if get(f"rope.scaling.{key}", float, neutral[0]) not in neutral:
+            raise UserError(f"{path}: metadata rope.scaling.{key} is {get(f'rope.scaling.{key}', float)}, which is not "
+                            "supported; load the safetensors folder of this model")
+    # As llama.cpp reads them: a factor without a type is linear, and once had another name.
+    factor = get("rope.scaling.factor", float, get("rope.scale_linear", float, 0.0))
+    kind = get("rope.scaling.type", str, "none" if factor in (0, 1) else "linear")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"{path}: rope scaling {kind!r:.80} is not supported; supported: linear, yarn, Llama-3 factors")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": _short(get("rope.scaling.factor", float))}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": _short(factor or get("rope.scaling.factor", float))}
     if kind == "yarn":
+        for key in ("beta_fast", "beta_slow"):
+            if (value := get(f"rope.scaling.yarn_{key}", float, 0.0)) > 0:  # -1, too, says nothing
+                scaling[key] = _short(value)
         scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length", int)
     return scaling
 
