@@ -42,6 +42,14 @@ def test_a_default_that_is_not_installed_says_how(monkeypatch):
         resolve(DEFAULT)
 
 
+@pytest.mark.parametrize("prefix", ["", "path:"])
+@pytest.mark.parametrize("path", ["~no-such-user-1x/model", "a" * 5000])
+def test_paths_that_cannot_be_looked_at(prefix, path):
+    with pytest.raises(UserError, match="it cannot be looked at") as caught:
+        resolve(prefix + path)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("typo", ["smollm2-135m-instrct", "SmolLM-135M-instruct", "smollm2"])
 def test_did_you_mean(typo):
     with pytest.raises(UserError, match=f"did you mean {DEFAULT}"):

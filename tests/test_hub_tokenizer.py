@@ -198,6 +198,9 @@ def test_sentencepiece_with_byte_fallback(tmp_path):
         ({"ggml.token_type": [1]}, "1 token types"),
         ({"ggml.bos_token_id": 999999}, "999999"),
         ({"ggml.tokens": "none"}, "no tokenizer"),
+        ({"ggml.tokens": [1, 2]}, "ggml.tokens is no list of str"),
+        ({"ggml.merges": 3}, "ggml.merges is no list of str"),
+        ({"ggml.token_type": 3}, "ggml.token_type is no list of int"),
     ],
 )
 def test_tokenizers_that_cannot_be_rebuilt(tmp_path, change, word):
@@ -255,6 +258,12 @@ def test_bad_and_hostile_chat_templates(tmp_path, template, word):
     tokenizer = load_tokenizer(folder(tmp_path, {"chat_template": template}))
     with pytest.raises(UserError, match=word):
         tokenizer.apply_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_chat_template_that_is_no_text(tmp_path):
+    (folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
+    with pytest.raises(UserError, match="chat_template.jinja is not readable text"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_or_with_a_damaged_tokenizer(tmp_path):

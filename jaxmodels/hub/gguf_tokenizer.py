@@ -46,6 +46,10 @@ def build(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise UserError(f"{path} carries no tokenizer; load the tokenizer from the model's folder with tokenizer.json")
+    for key, item in (("tokens", str), ("merges", str), ("token_type", int), ("scores", float)):
+        value = metadata.get(f"tokenizer.ggml.{key}")
+        if value is not None and not (isinstance(value, list) and all(type(one) is item for one in value)):
+            raise UserError(f"{path}: tokenizer.ggml.{key} is no list of {item.__name__}; convert the model again")
     vocab = {token: index for index, token in enumerate(tokens)}
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     ids = {name: _token_id(path, metadata, key, len(tokens)) for name, key in _IDS.items()}

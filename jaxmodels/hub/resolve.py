@@ -50,12 +50,14 @@ def resolve(name_or_path: str | Path, allow_download: bool = False) -> Path:
     """
     text = str(name_or_path)
     if text.startswith("path:"):
-        return _existing(Path(text[5:]).expanduser())
+        return _existing(text[5:])
     if text.startswith("hf:"):
         return _from_hub(text[3:], allow_download)
-    path = Path(text).expanduser()
-    if text and path.exists():
-        return path
+    try:
+        if text and (path := Path(text).expanduser()).exists():
+            return path
+    except (OSError, RuntimeError):  # too long for a name, a folder that is closed to us, the home of nobody
+        return _existing(text)
     data = os.environ.get("JAXMODELS_DATA")
     if data and re.fullmatch(r"[\w.-]+", text) and (Path(data) / text).exists():
         return Path(data) / text
@@ -69,10 +71,14 @@ def resolve(name_or_path: str | Path, allow_download: bool = False) -> Path:
     raise UserError(f"no model named {text!r} and no such path; {hint}")
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"no model at {path}; check the path")
-    return path
+def _existing(text: str) -> Path:
+    try:
+        if (path := Path(text).expanduser()).exists():
+            return path
+        why = "check the path"
+    except (OSError, RuntimeError) as error:
+        why = f"it cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    raise UserError(f"no model at {text[:200]}; {why}")
 
 
 def _from_package(name: str) -> Path:

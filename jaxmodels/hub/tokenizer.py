@@ -133,7 +133,10 @@ _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is not readable text ({error}); fetch the file again") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
