@@ -173,6 +173,17 @@ def fair(name):
     return name
 
 
+def test_the_type_that_is_written(tmp_path, weights, capsys):
+    """Fair-esm's names in a safetensors file, which needs no PyTorch."""
+    save_file({fair(name): value for name, value in weights.items() if name != INV_FREQ}, tmp_path / "in.safetensors")
+    options = [str(tmp_path / "in.safetensors"), str(tmp_path / "out"), "--heads", "4", "--dtype"]
+    assert convert_pt.main([*options, "int8"]) == 2 and not (tmp_path / "out").exists()
+    assert "dtype 'int8' is not one of float32, bfloat16, float16" in capsys.readouterr().err
+    assert convert_pt.main([*options, "float16"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
+    assert {value.dtype.name for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {"float16"}
+
+
 @pytest.mark.torch
 def test_pt_files_of_fair_esm(tmp_path, weights, load, capsys):
     """ESM-2's layout: prefixed names, options in a Namespace, frequencies in every layer, contacts in a file beside."""

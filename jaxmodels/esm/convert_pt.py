@@ -8,6 +8,7 @@ encoders of fairseq; a ``.safetensors`` file under the same names as well, witho
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Mapping
@@ -69,14 +70,17 @@ def convert(source: str | Path, folder: str | Path, *, heads: int | None = None,
     from jaxmodels.esm.checkpoint import prepare
     from jaxmodels.esm.convert import entries
     from jaxmodels.hub.load import load_arrays
-    from jaxmodels.hub.models import build
+    from jaxmodels.hub.models import DTYPES, build
 
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     source = Path(source)
     state, arguments = _read(source)
     beside = Path(contacts) if contacts else source.with_name(f"{source.stem}-contact-regression{source.suffix}")
     if contacts or beside.exists():
         state |= _read(beside)[0]
     checkpoint, config, _ = prepare(from_fair(state, arguments, source, heads))
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     arrays = load_arrays(checkpoint, entries(config), dtype)
     return jaxmodels.save(build(config, arrays), folder)
 
