@@ -170,8 +170,10 @@ def test_saving_refuses_to_overwrite_unless_told(tmp_path):
     assert modes == {(out / "config.json").stat().st_mode & 0o777}  # weights as readable as the rest
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "diary").write_text("mine")
-    with pytest.raises(UserError, match="not a model"):
-        save_arrays(tmp_path / "home", ENTRIES, leaves, {}, overwrite=True)
+    for file in ("other.txt", "config.json"):  # the latter is a run's
+        (tmp_path / "home" / file).write_text("{}")
+        with pytest.raises(UserError, match="not a model"):
+            save_arrays(tmp_path / "home", ENTRIES, leaves, {}, overwrite=True)
     with pytest.raises(UserError, match="is a file"):
         save_arrays(tmp_path / "home" / "diary", ENTRIES, leaves, {})
     with pytest.raises(UserError, match="cannot write"):

@@ -162,8 +162,10 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise UserError(f"{folder} is not empty; choose another folder or allow overwriting")
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder} holds something that is not a model (no config.json); choose another folder")
+        # Run folders have a config.json too.
+        if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} holds something that is not a model (no config.json with safetensors beside "
+                            "it); choose another folder")
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose a folder")
 
