@@ -57,6 +57,7 @@ def refused(folder, words):
     ({"head_dim": 7}, "head_dim 7 is odd"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is over the limit"),
     ({"model_type": "mixtral", "num_local_experts": 10**9}, "1000000000 experts in 2 layers are over the limit"),
+    ({"eos_token_id": [2, 2**40]}, "eos_token_id is .2, 1099511627776."),
     ({"vocab_size": None}, "no 'vocab_size'"),
     ({"vocab_size": 41}, "embed_tokens.weight has shape .40, 32., the config asks for .41, 32."),
     ({"num_hidden_layers": 3}, "lacks tensor model.layers.2"),

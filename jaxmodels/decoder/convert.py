@@ -98,7 +98,7 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         widths = (width,) * layers
     eos = hf.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if any(type(i) is not int for i in eos):
+    if any(type(i) is not int or abs(i) >= 2**31 for i in eos):
         raise UserError(f"config.json: eos_token_id is {eos!r:.80}; an integer or a list of integers is needed")
     config = DecoderConfig(
         vocab_size=hf["vocab_size"], d_model=hf["hidden_size"], num_heads=heads, num_kv_heads=kv_heads,
