@@ -45,7 +45,8 @@ def config_from_hf(hf: dict[str, Any]) -> EsmConfig:
                         f"{', '.join(sorted(MODEL_TYPES))}")
     check(dict.fromkeys(_NEEDED) | hf, _KINDS)
     check(hf.get("rope_parameters", {}), _KINDS)
-    for key in ("pad_token_id", "mask_token_id"):  # rows of the embedding, and of tables that follow it
+    read = ("pad_token_id", "mask_token_id") if hf.get("token_dropout") else ("pad_token_id",)
+    for key in read:  # rows of the embedding, and of tables that follow it
         if not 0 <= hf.get(key, 0) < hf["vocab_size"]:
             raise UserError(f"config.json: {key} is {hf[key]}, vocab_size {hf['vocab_size']}; it must be one of its "
                             "tokens; fetch the model's own config.json")
