@@ -151,8 +151,9 @@ def integrated_gradients(
       baseline: ``zero``; ``mask`` and ``pad``, the activations of the same inputs with every token but the special
         ones masked, or padding; or {point: array} that broadcasts to [L, B, T, *site]: a mean, or what `record` gives
         for other inputs. For `conductance`, {"embedding": ...}.
-      tokens: ``each``, or ``sum`` over the ``counted`` tokens (bool[B, T]; default all that are not padding), which is
-        done inside: [L, B, T, *site] then never exists in `gate`. The error counts all tokens.
+      tokens: ``each``, or ``sum`` over the ``counted`` tokens (bool[B, T]; default all: padding that the target
+        does not read adds 0), which is done inside: [L, B, T, *site] then never exists in `gate`. The error counts all
+        tokens.
       chunk: nodes at once; default: by the device's free memory, 3 on CPU.
       force: also for a model that computes in less than float32, whose small gradients completeness needs; and with
         the products of float32 as the device takes them by default (TF32 or bfloat16 passes, on many).

@@ -337,6 +337,28 @@ def test_fine_tuning_tells_the_model_beside_every_floor(tuned):
     assert less == pytest.approx(results["strict.test.model.macro_f1"] - results["strict.test.majority.macro_f1"])
 
 
+def test_proteins_that_have_changed(files, tmp_path, monkeypatch):
+    """A run that has begun refuses them, and rows of the old ones serve no other run."""
+    made, table = [], tmp_path / "enzyme_ec.tsv.gz"
+    lines = gzip.decompress(files[1].read_bytes()).decode().splitlines(keepends=True)
+
+    def prepares(cfg, stage, parts, setting, mesh):
+        made.append(enzyme.prepare_data(cfg, stage, parts["train"], setting))
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(enzyme, "fine_tune", prepares)
+    overrides = [f"data.source=enzyme_ec:{table}", "pretrained=none"]
+    for there, out in ((lines, "out"), (lines[:1] + lines[8:], "other")):
+        with gzip.open(table, "wt") as file:
+            file.writelines(there)
+        with pytest.raises(Interrupted), pytest.warns(UserWarning, match="not the recorded version"):
+            start("esm_enzyme", enzyme.run, tmp_path / out, *overrides)
+    assert made[0].name != made[1].name
+    with pytest.raises(UserError, match="proteins or classes of enzyme_ec:.* have changed"), \
+            pytest.warns(UserWarning, match="not the recorded version"):
+        start("esm_enzyme", enzyme.run, tmp_path / "out", *overrides)
+
+
 @pytest.mark.long
 def test_fine_tuning_goes_on_where_it_stopped(tuned, tmp_path):
     results, whole, overrides = tuned

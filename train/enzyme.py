@@ -6,6 +6,7 @@ Choices (rates, steps, when to stop) are made on the validation part; the test s
 import contextlib
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from train.runtime.step import TrainStep
 CLASSES = 7
 TRAINED = {"strict": ("train",), "easy": ("train", "near_eval")}
 CHOSEN_BY = "validation_macro_f1"
+DATA = "data.sha256"  # in the results: `Labelled.digest` of all parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of sequences and labels."""
+        return hashlib.sha256(repr((self.sequences, self.labels.tolist())).encode()).hexdigest()
 
     @classmethod
     def joined(cls, parts: Sequence["Labelled"]) -> "Labelled":
@@ -68,7 +75,11 @@ def run(cfg: EnzymeConfig, folder: RunFolder) -> None:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     parts, counts = read_parts(cfg)
-    folder.write_results({**{f"data.{name}": value for name, value in counts.items()},
+    digest = hashlib.sha256("".join(part.digest for part in parts.values()).encode()).hexdigest()
+    if folder.results().get(DATA, digest) != digest:
+        raise UserError(f"proteins or classes of {cfg.data.source} have changed since {folder.dir} was begun with "
+                        "them; put the old ones back, or train in another folder")
+    folder.write_results({DATA: digest, **{f"data.{name}": value for name, value in counts.items()},
                           "pretrained": cfg.pretrained if cfg.pretrained != "none" else "none (random weights)"})
     found: dict[str, dict[str, np.ndarray]] = {}
     asked = test_sets(cfg, parts)
@@ -135,7 +146,7 @@ def test_sets(cfg: EnzymeConfig, parts: dict[str, Labelled]) -> dict[str, Labell
 
 def prepare_data(cfg: EnzymeConfig, folder: RunFolder, train: Labelled, setting: str) -> Path:
     """Packed rows with the class of every segment, in a ``data-*`` folder of the run (or its sweep)."""
-    about = {"seed": cfg.seed, "setting": setting, "classes": CLASSES,
+    about = {"seed": cfg.seed, "setting": setting, "classes": CLASSES, "proteins": train.digest,
              **{key: getattr(cfg.data, key) for key in ("source", "length", "limit")}}
 
     def prepare(data: Path) -> None:

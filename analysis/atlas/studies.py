@@ -22,7 +22,6 @@ from train.data.sources import text_source, where
 from train.distill import distill, teacher_targets
 
 RECOVERY = ("masked", "repaired", "distilled")  # what is done to a pruned model, each on top of the one before
-TESTED_FAMILIES = ("Romance", "Germanic", "Slavic")  # those that an English-centred model has seen most of
 
 
 def profiles(atlas: Any) -> None:
