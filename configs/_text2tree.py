@@ -17,9 +17,9 @@ PRESETS: dict[str, dict[str, object]] = {
 
 def grids(without: tuple[str, ...] = ()) -> dict[str, Mapping[str, Mapping[str, object]]]:
     """methods: each with its defaults, but for those that the kind of labels does not allow. main: those of which a
-    claim needs several seeds. paper: Text2Tree with
-    every weight and temperature of the authors' search (text2tree.md section 8), and plain; not their learning rates,
-    which are for encoders that are trained whole. labels: what their states begin with and what they are made by."""
+    claim needs several seeds. paper: Text2Tree with every weight and temperature of the authors' search (text2tree.md
+    section 8), and plain; not their learning rates, which are for encoders that are trained whole. labels: what their
+    states begin with and what they are made by."""
     paper = {f"gamma={gamma:g},tau={tau:g}": {"method.gamma": gamma, "method.tau": tau}
              for gamma in (0.001, 0.005, 0.01, 0.05) for tau in (0.5, 1.0, 2.0, 3.0)}
 
