@@ -38,7 +38,6 @@ from train.runtime.step import TrainStep
 CLASSES = 7
 TRAINED = {"strict": ("train",), "easy": ("train", "near_eval")}
 CHOSEN_BY = "validation_macro_f1"
-DATA = "data.sha256"  # in the results: `Labelled.digest` of all parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +75,8 @@ def run(cfg: EnzymeConfig, folder: RunFolder) -> None:
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     parts, counts = read_parts(cfg)
     digest = hashlib.sha256("".join(part.digest for part in parts.values()).encode()).hexdigest()
-    if folder.results().get(DATA, digest) != digest:
-        raise UserError(f"proteins or classes of {cfg.data.source} have changed since {folder.dir} was begun with "
-                        "them; put the old ones back, or train in another folder")
-    folder.write_results({DATA: digest, **{f"data.{name}": value for name, value in counts.items()},
+    experiment.check_data(folder, digest, f"proteins or classes of {cfg.data.source}")
+    folder.write_results({experiment.DATA: digest, **{f"data.{name}": value for name, value in counts.items()},
                           "pretrained": cfg.pretrained if cfg.pretrained != "none" else "none (random weights)"})
     found: dict[str, dict[str, np.ndarray]] = {}
     asked = test_sets(cfg, parts)

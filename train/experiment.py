@@ -27,6 +27,7 @@ from train.runtime.step import Objective, TrainStep, make_step
 from train.runtime.together import train_together
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+DATA = "data.sha256"  # in the results of a run: the digest of what it reads
 
 
 def train(cfg: Any, folder: RunFolder, task: loop.Task, mesh: Mesh) -> loop.Trained:
@@ -85,6 +86,13 @@ def run_together(cfgs: Sequence[Any], folders: Sequence[RunFolder], prepare: Cal
         except Exception as error:
             ends[place] = error
     return ends
+
+
+def check_data(folder: RunFolder, digest: str, what: str) -> None:
+    """Raises UserError if a run was begun with other data. Its results take the digest, as `DATA`, when it begins."""
+    if folder.results().get(DATA, digest) != digest:
+        raise UserError(f"{what} have changed since {folder.dir} was begun with them; put the old ones back, or "
+                        "train in another folder")
 
 
 def check_epochs(cfg: Any) -> None:

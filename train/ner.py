@@ -47,7 +47,6 @@ from train.runtime.state import Blueprint, State, blueprint
 from train.runtime.step import TrainStep
 
 CHOSEN_BY = "dev_f1"
-DATA = "data.sha256"  # in the results: `TaggedTexts.digest`
 SETTLED = 25  # steps between evaluations at least: a smaller epoch says little
 
 
@@ -60,10 +59,9 @@ def run(cfg: NerRun, folder: RunFolder) -> None:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = tagged_texts(cfg.data.name, illformed=cfg.data.illformed, limit=cfg.data.limit)
-    if folder.results().get(DATA, source.digest) != source.digest:
-        raise UserError(f"sentences or tags of {cfg.data.name} have changed since {folder.dir} was begun with them; "
-                        "put the old ones back, or train in another folder")
-    folder.write_results({f"data.{name}": value for name, value in source.counts.items()} | {DATA: source.digest})
+    experiment.check_data(folder, source.digest, f"sentences or tags of {cfg.data.name}")
+    folder.write_results({f"data.{name}": value for name, value in source.counts.items()} |
+                         {experiment.DATA: source.digest})
     start = starting_tagger(cfg, source, folder)
     best = train(cfg, folder, source, start, mesh)
     if jax.process_index() == 0:

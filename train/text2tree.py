@@ -29,6 +29,7 @@ from jaxmodels.text2tree.tree import LabelTree
 from train import experiment, text_floors, text_metrics
 from train.data import records
 from train.data.coded_texts import CodedTexts, Columns, coded_texts
+from train.experiment import DATA
 from train.objectives.coded_texts import OVER_NODES, CodedTextsObjective, loss_config
 from train.optimizers import make_optimizer, make_schedule, scaled
 from train.predict import Predictions
@@ -46,7 +47,7 @@ from train.text_reader import Reader, fingerprint, make_reader
 
 SPLITS = ("train", "dev", "test")
 CHOSEN_BY = "dev_macro_f1"
-ENCODER, DATA = "encoder.sha256", "data.sha256"  # in the results: `text_reader.fingerprint`, `CodedTexts.digest`
+ENCODER = "encoder.sha256"  # in the results: `text_reader.fingerprint`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,7 @@ def prepare(cfg: Text2TreeRun, folder: RunFolder) -> Trial:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg.data.batch, cfg.loop.accumulate, mesh)
     source = read(cfg)
-    if folder.results().get(DATA, source.digest) != source.digest:
-        raise UserError(f"texts or codes of {cfg.data.name} have changed since {folder.dir} was begun with them; put "
-                        "the old ones back, or train in another folder")
+    experiment.check_data(folder, source.digest, f"texts or codes of {cfg.data.name}")
     check_encoder(cfg, folder.dir)
     start = pretrain(cfg, folder, source, mesh) if cfg.encoder.name == "fresh" else None
     reader = make_reader(cfg.encoder, source.parts["train"].texts, cfg.seed, folder.dir, start)

@@ -3,7 +3,8 @@
 A residue has the summed contribution of the neurons in the top share, in one protein, over the mean absolute one of
 that protein's residues. Inside the matches of a motif it is averaged, and compared with as many positions of the same
 residue types, drawn anywhere in the same proteins. A match lies in one piece and the draws do not: where neighbours
-contribute alike, p is too small (of contributions that are means over 5 residues, 18 % are below 0.05 by chance).
+contribute alike, p is too small (of contributions that are means over 5 residues about one in five is below 0.05 by
+chance).
 """
 
 import re
