@@ -153,6 +153,14 @@ def test_settings_that_the_family_does_not_have(tmp_path, change, words):
     assert not (tmp_path / "m").exists()
 
 
+def test_a_bias_that_the_family_has_and_repair_asks_for(tmp_path):
+    """`prune --repair` sets down_bias in every family: where mlp_bias has it already, nothing is lost."""
+    model = random_model(dataclasses.replace(TINY, mlp_bias=True, down_bias=True))
+    saved = jaxmodels.save(model, tmp_path / "m")
+    assert "jaxmodels" not in json.loads((saved / "config.json").read_text())
+    assert jaxmodels.load(saved).cfg.mlp_bias
+
+
 def test_experts_wider_than_the_dense_layers_beside_them(tmp_path):
     model = random_model(dataclasses.replace(TINY, family="qwen3_moe", qk_norm="head", ffn_widths=(24, 12),
                                              experts=ExpertConfig(4, 2), expert_layers=(True, False)))

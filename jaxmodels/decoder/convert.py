@@ -286,7 +286,8 @@ def _check_expressed(config: DecoderConfig, back: DecoderConfig) -> None:
         return vars(cfg) | {
             "rope": (*frequencies.tolist(), factor),
             "expert_layers": [cfg.has_experts(i) for i in range(cfg.num_layers)],
-            "windows": cfg.windows or (None,) * cfg.num_layers} | dict.fromkeys(_NOT_WRITTEN)
+            "windows": cfg.windows or (None,) * cfg.num_layers,
+            "down_bias": cfg.mlp_bias or cfg.down_bias} | dict.fromkeys(_NOT_WRITTEN)
 
     wanted, got = comparable(config), comparable(back)
     lost = next((name for name in wanted if wanted[name] != got[name]), None)
