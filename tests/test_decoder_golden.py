@@ -111,3 +111,10 @@ def test_windows_that_no_layer_has(tmp_path):
     assert config_from_hf(config).windows is None
     assert "use_sliding_window" not in config_to_hf(config_from_hf(config))
     assert config_from_hf(golden_config("qwen2")).windows == (None, 4, 4)
+
+
+def test_the_window_of_a_mistral():
+    """MistralConfig has 4,096 where config.json says nothing, and none where it says null."""
+    config = {key: value for key, value in golden_config("mistral").items() if key != "sliding_window"}
+    assert config_from_hf(config).windows == (4096,) * config["num_hidden_layers"]
+    assert config_from_hf(config | {"sliding_window": None}).windows is None

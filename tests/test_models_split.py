@@ -59,6 +59,15 @@ def test_all_experts_on_is_the_dense_model(dense, tokens, logits, method):
     same(experts, again)
 
 
+def test_the_router_by_markers_asks_neurons_with_their_biases(dense, tokens):
+    every, split = jaxmodels.split(dense, expert_size=S, method="markers", router="markers", top_k=E,
+                                   **STATISTICS["markers"])
+    scores = every(tokens, taps=Taps(record=("router.logits",)))[1]["router.logits"]
+    h = dense(tokens, taps=Taps(record=("ffn.hidden",)))[1]["ffn.hidden"]
+    for layer, ours, theirs in zip(split.layers, scores, h, strict=True):
+        close(ours, np.abs(theirs[..., layer.representatives]), 1e-5)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers(dense, tokens, logits, tmp_path, router):

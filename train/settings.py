@@ -58,7 +58,7 @@ class OptimizerConfig:
     floor: float = 0.0  # of learning_rate, at the end of wsd and cosine
     beta1: float = 0.9
     beta2: float = 0.95
-    weight_decay: float = 0.1  # of arrays with two dimensions or more
+    weight_decay: float = 0.1  # of arrays with two dimensions or more; sgd has none
     clip: float = 1.0  # global norm of the gradient; 0: no clipping
 
     def __post_init__(self):

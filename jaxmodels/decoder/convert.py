@@ -66,6 +66,8 @@ _NOT_WRITTEN = ("dtype", "param_dtype", "scan_layers", "remat")  # how a model r
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """A config.json as DecoderConfig. Reads transformers' 4.x and 5.x spellings, and the ``jaxmodels`` key that
     ``jaxmodels.save`` adds for split and pruned models. UserError names what is missing or not supported."""
+    if hf.get("model_type") == "mistral":  # MistralConfig's default; null means no window
+        hf = {"sliding_window": 4096} | hf
     hf = {key: value for key, value in hf.items() if value is not None}
     family = str(hf.get("model_type"))
     if family not in MODEL_TYPES:
@@ -351,7 +353,8 @@ def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: li
                      functools.partial(np.reshape, shape=(E, F)), np.ravel)
         leaf(("ffn", "down"), (E, F, D), "mlp.down_proj.weight", (D, E * F),
              functools.partial(_split_rows, experts=E), _merge_rows)
-        for name, shape in router_shapes(config.experts.router, D, E, config.experts.shared).items():
+        for name, shape in router_shapes(config.experts.router, D, E, config.experts.shared,
+                                         bias=config.mlp_bias).items():
             leaf(("ffn", "router", name), shape, f"mlp.router.{name}")
     else:
         E, n = config.experts.num_experts, len(layers)

@@ -197,5 +197,6 @@ def _router_parameters(kind: str, ffn: dict[str, Any], layer: Split, activation:
         return {"first": layer.centres.T, "second": np.eye(layer.num_experts, dtype=np.float32)}
     if kind == "markers":
         router = routers.AnalyticRouter.create(ffn, layer, activation)
-        return {"gate": router.gate, "up": router.up}
+        fields = {name: getattr(router, name) for name in ("gate", "up", "gate_bias", "up_bias")}
+        return {name: w for name, w in fields.items() if w is not None}
     return {}

@@ -15,11 +15,14 @@ from jaxmodels.taps import Probe
 _INSIDE = ("ffn.gate", "ffn.up", "ffn.hidden")
 
 
-def router_shapes(kind: str, d_model: int, num_experts: int, num_shared: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a router's parameters in one layer; ``all``, ``oracle`` and ``random`` have none."""
+def router_shapes(kind: str, d_model: int, num_experts: int, num_shared: int, *, bias: bool = False
+                  ) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a router's parameters in one layer; ``all``, ``oracle`` and ``random`` have none. `bias`:
+    the layer's neurons have one, and so have those that ``markers`` chooses by."""
     D, E, R = d_model, num_experts, num_experts - num_shared
+    markers = {"gate": (D, R), "up": (D, R)} | ({"gate_bias": (R,), "up_bias": (R,)} if bias else {})
     return {"softmax": {"weight": (D, E)}, "similarity": {"centres": (E, D)}, "linear": {"weight": (D, E)},
-            "mlp": {"first": (D, E), "second": (E, E)}, "markers": {"gate": (D, R), "up": (D, R)}}.get(kind, {})
+            "mlp": {"first": (D, E), "second": (E, E)}, "markers": markers}.get(kind, {})
 
 
 class RouterBias(nnx.Variable):
@@ -48,8 +51,9 @@ class Experts(nnx.Module):
         self.gate_bias = w((E, size), ("expert", "mlp"), value=0.0) if bias and gated else None
         self.up_bias = w((E, size), ("expert", "mlp"), value=0.0) if bias else None
         self.down_bias = w((d_model,), (None,), value=0.0) if down_bias else None
-        shapes = router_shapes(cfg.router, d_model, E, cfg.shared)
-        self.router = nnx.Dict({name: w(shape, (None, None), std=d_model ** -0.5) for name, shape in shapes.items()})
+        shapes = router_shapes(cfg.router, d_model, E, cfg.shared, bias=bias)
+        self.router = nnx.Dict({name: w(shape, (None,) * len(shape), std=d_model ** -0.5)
+                                for name, shape in shapes.items()})
         if cfg.balance_bias:  # float32 whatever the parameters are: its steps of 1e-3 would drown in bfloat16
             self.router["bias"] = RouterBias(jnp.zeros((E,), jnp.float32), out_sharding=(None,), eager_sharding=False)
 
@@ -90,7 +94,8 @@ class Experts(nnx.Module):
         if cfg.router in kinds:
             router = kinds[cfg.router](**p)
         elif cfg.router == "markers":
-            router = routers.AnalyticRouter(p["gate"], p["up"], None, None, self.activation, cfg.shared)
+            router = routers.AnalyticRouter(p["gate"], p["up"], p.get("gate_bias"), p.get("up_bias"),
+                                            self.activation, cfg.shared)
         elif cfg.router == "oracle":
             router = routers.OracleRouter({n: w.astype(jnp.float32) for n, w in self.weights().items()},
                                           self.activation)
