@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -677,6 +678,7 @@ def _traceback_if(debug: bool) -> Iterator[None]:
 
 def entry() -> None:
     """What the command and ``python -m jaxmodels.cli`` start."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks a run to save: while it is imported nothing is to be saved
     code = main()
     if code == Interrupted.exit_code:
         # Everything is saved. Threads that read data may hang in a file system that is gone, and the interpreter would

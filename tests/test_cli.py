@@ -34,6 +34,13 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+def test_a_request_to_save_before_there_is_anything_to_save():
+    """SIGUSR1 ends a process that does not say otherwise; a run handles it only from its first step on."""
+    code = ("import os, signal; from jaxmodels import cli; "
+            "cli.main = lambda: os.kill(os.getpid(), signal.SIGUSR1) or 0; cli.entry()")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120).returncode == 0
+
+
 def test_run_ends_with_the_path_of_the_report_and_resumes(tmp_path):
     out = tmp_path / "r"
     first = jaxmodels("run", TINY, "--out", out, "preset=tiny")
