@@ -26,16 +26,18 @@ def stack(block: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) 
     return build(rngs)
 
 
-def run(groups, cfg, x: jax.Array, context: Context, taps: Taps, mask: jax.Array, caches=None):
+def run(groups, cfg, x: jax.Array, context: Context, taps: Taps, mask: jax.Array, caches=None, unroll: bool = False):
     """Runs all layers: x [B, T, D] -> (x, aux, caches).
 
     A block is called as ``block(x, context, probe, window, cache)`` and gives (x, cache). aux: what the taps recorded,
     with a leading layer axis; ``residual`` has L + 1 entries, the last of which, what the final norm reads, is recorded
-    and edited here. caches: one for each group, or None.
+    and edited here. caches: one for each group, or None. unroll: stacked layers are not scanned but written one after
+    another: compiles longer, and spares training the copies of states and weights that a scan makes.
     """
     recorded, kept = [], []
     for i, (start, stop) in enumerate(cfg.groups):
-        x, out, cache = _run_group(groups[i], cfg, start, stop, x, context, taps, mask, caches and caches[i])
+        x, out, cache = _run_group(groups[i], cfg, start, stop, x, context, taps, mask, caches and caches[i],
+                                   unroll)
         recorded.append(out)
         kept.append(cache)
     aux = _gather(recorded, cfg)
@@ -95,7 +97,7 @@ def embedding_probe(taps: Taps, mask: jax.Array):
     return select(taps, lambda name: name == "embedding").probe(mask)
 
 
-def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
+def _run_group(group, cfg, start, stop, x, context, taps, mask, cache, unroll):
     """Runs layers start..stop-1: a scan over the stacked parameters, or one layer."""
     graphdef, params = nnx.split(group)
     windows = _windows(cfg, start, stop) if context.distance is not None else None
@@ -109,13 +111,13 @@ def _run_group(group, cfg, start, stop, x, context, taps, mask, cache):
         return x, (probe.out, cache)
 
     # prevent_cse: inside a scan nothing can undo the recomputation, and the barriers would only cost
-    layer = _saving(cfg, layer, prevent_cse=stop - start == 1)
+    layer = _saving(cfg, layer, prevent_cse=unroll or stop - start == 1)
     stacked = (params, taps, windows)
     if stop - start == 1:
         x, (out, cache) = layer(x, (jax.tree.map(lambda a: a[0], stacked), cache))
         out = jax.tree.map(lambda a: a[None], out)
     else:
-        x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache))
+        x, (out, cache) = jax.lax.scan(layer, x, (stacked, cache), unroll=unroll)
     return x, out, cache
 
 
