@@ -108,6 +108,11 @@ class DecoderConfig:
         return self.experts is not None and (self.expert_layers is None or self.expert_layers[layer])
 
     @property
+    def has_down_bias(self) -> bool:
+        """Whether feed-forward layers add a bias to what they put out: by the family, or by a repair."""
+        return self.mlp_bias or self.down_bias
+
+    @property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(start, stop) of the runs of layers that are stacked together: equal neighbours, or single layers."""
         cuts = [0]

@@ -44,6 +44,7 @@ _ROPE_WRITTEN = {
 _DEFAULTS = {  # transformers' own for keys that a config.json leaves out, where they differ from Llama's
     "olmo2": {"rms_norm_eps": 1e-5}, "olmoe": {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6}, "qwen3_moe": {"num_experts_per_tok": 8},
+    "mistral": {"sliding_window": 4096},
 }
 _ROPE_KINDS = tuple(_ROPE_WRITTEN)
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -66,15 +67,13 @@ _NOT_WRITTEN = ("dtype", "param_dtype", "scan_layers", "remat")  # how a model r
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """A config.json as DecoderConfig. Reads transformers' 4.x and 5.x spellings, and the ``jaxmodels`` key that
     ``jaxmodels.save`` adds for split and pruned models. UserError names what is missing or not supported."""
-    if hf.get("model_type") == "mistral":  # MistralConfig's default; null means no window
-        hf = {"sliding_window": 4096} | hf
-    hf = {key: value for key, value in hf.items() if value is not None}
     family = str(hf.get("model_type"))
     if family not in MODEL_TYPES:
         raise UserError(f"model_type {family!r} is not one that the decoder reads; supported: "
                         f"{', '.join(sorted(MODEL_TYPES))}")
+    # A key that is null has no default: no sliding_window, say.
+    hf = {key: value for key, value in (_DEFAULTS.get(family, {}) | hf).items() if value is not None}
     check(hf, _KINDS)
-    hf = _DEFAULTS.get(family, {}) | hf
     missing = [k for k in _NEEDED if k not in hf]
     if missing:
         raise UserError(f"config.json has no {missing[0]!r}; fetch the model's own config.json")
@@ -289,7 +288,7 @@ def _check_expressed(config: DecoderConfig, back: DecoderConfig) -> None:
             "rope": (*frequencies.tolist(), factor),
             "expert_layers": [cfg.has_experts(i) for i in range(cfg.num_layers)],
             "windows": cfg.windows or (None,) * cfg.num_layers,
-            "down_bias": cfg.mlp_bias or cfg.down_bias} | dict.fromkeys(_NOT_WRITTEN)
+            "down_bias": cfg.has_down_bias} | dict.fromkeys(_NOT_WRITTEN)
 
     wanted, got = comparable(config), comparable(back)
     lost = next((name for name in wanted if wanted[name] != got[name]), None)
@@ -368,7 +367,7 @@ def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: li
             sources = tuple(Source(f"model.layers.{i}.{prefix}.experts.{e}.{theirs}.weight", shape[::-1], transpose,
                                    transpose) for i in layers for e in range(E))
             out.append(Entry(("groups", g, "ffn", ours), (n, E, *shape), sources, lead=(n, E)))
-    if config.mlp_bias or config.down_bias:
+    if config.has_down_bias:
         leaf(("ffn", "down_bias"), (D,), "mlp.down_proj.bias")
 
 

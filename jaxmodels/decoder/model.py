@@ -70,7 +70,7 @@ class Block(nnx.Module):
             dtype=cfg.param_dtype, rngs=rngs)
         ffn = functools.partial(Experts, cfg.experts) if cfg.has_experts(layer) else MLP
         self.ffn = ffn(cfg.d_model, cfg.ffn_widths[layer], activation=cfg.activation, bias=cfg.mlp_bias,
-                       down_bias=cfg.mlp_bias or cfg.down_bias, dtype=cfg.param_dtype, rngs=rngs)
+                       down_bias=cfg.has_down_bias, dtype=cfg.param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context, probe: Probe, window=None, cache=None):
         """x [B, T, D] -> (x, cache)."""
