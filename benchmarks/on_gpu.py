@@ -57,7 +57,7 @@ def _train(size: str, name: str) -> Step:
     argv = ("-m", "benchmarks.train_step", "--sizes", size, "--batch", "4", "--repeats", "5", "--steps", "5",
             "--no-peers", "--out", "{out}")  # fmt: skip
     quick = (("JAX_OPTIMIZATION_LEVEL", "O1"), ("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false"))
-    return Step("train", f"train {name}", argv, 60, 0.45, quick)
+    return Step("train", f"train {name}", argv, 150, 0.45, quick)
 
 
 STEPS = (
