@@ -56,8 +56,9 @@ def build(run_dir: str | Path) -> Path:
 def _buckets(report: Report, results: dict[str, Any], prefix: str) -> None:
     report.section("Rare and frequent codes", "Thirds of the codes by their number of training texts: tail, middle, "
                    "head; and bins of that number. Lines are 95 % intervals: the test texts drawn again and again.")
-    keys = [key.removeprefix(f"test.model.{prefix}macro_f1_") for key in results
-            if key.startswith(f"test.model.{prefix}macro_f1_") and not key.endswith(("_low", "_high", "_all"))]
+    start = f"test.model.{prefix}macro_f1_"
+    keys = [key.removeprefix(start) for key, value in results.items()  # None: a bin that no code is in
+            if key.startswith(start) and not key.endswith(("_low", "_high", "_all")) and value is not None]
     rows = [{"method": NAMES[method], "codes": bucket, **{name: results.get(
         f"test.{method}.{prefix}macro_f1_{bucket}{end}") for name, end in ENDS.items()}}
             for method in NAMES for bucket in keys]
@@ -68,6 +69,7 @@ def _buckets(report: Report, results: dict[str, Any], prefix: str) -> None:
     keys = sorted({key.split(".", 2)[2] for key in results if key.startswith("test.model.")})
     table = [{"metric": key, **{name: results.get(f"test.{method}.{key}") for method, name in NAMES.items()}}
              for key in keys]
+    table = [row for row in table if any(row[name] is not None for name in NAMES.values())]
     report.table(table, caption="Every metric.", name="metrics")
 
 

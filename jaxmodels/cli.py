@@ -677,7 +677,7 @@ def _traceback_if(debug: bool) -> Iterator[None]:
 
 
 def entry() -> None:
-    """What the command and ``python -m jaxmodels.cli`` start."""
+    """What the command and ``python -m jaxmodels`` start."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks a run to save: while it is imported nothing is to be saved
     code = main()
     if code == Interrupted.exit_code:
@@ -694,7 +694,3 @@ def _is_distributed() -> bool:
     """Whether other processes wait for this one to take its leave."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-if __name__ == "__main__":
-    entry()

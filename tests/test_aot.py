@@ -74,7 +74,7 @@ def test_bad_topologies(name):
 
 
 def compile_command(*arguments):
-    return subprocess.run([sys.executable, "-m", "jaxmodels.cli", "compile", *arguments], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "jaxmodels", "compile", *arguments], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=300)
 
 

@@ -105,7 +105,7 @@ def test_killed_and_interrupted_runs_end_with_the_same_numbers(inputs, undisturb
     """kill -9 and Ctrl-C at several points of a real process; the last call finishes."""
     whole, results = undisturbed
     out = tmp_path / "interrupted"
-    command = [sys.executable, "-m", "jaxmodels.cli", "run", "atlas", "--out", str(out), *overrides(inputs)]
+    command = [sys.executable, "-m", "jaxmodels", "run", "atlas", "--out", str(out), *overrides(inputs)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     for marker, stop in (("cache/activity/analysis/*.npz", signal.SIGKILL), ("cache/pruning/*.npz", signal.SIGINT)):
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL,

@@ -19,7 +19,7 @@ TINY = "tests.tiny_experiment"
 
 def jaxmodels(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "jaxmodels.cli", *map(str, arguments)],
+        [sys.executable, "-m", "jaxmodels", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, **environment},
         input=stdin,
@@ -102,7 +102,7 @@ def test_a_bug_is_one_line_unless_debug(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_exits_75_and_goes_on(tmp_path, number):
-    command = [sys.executable, "-m", "jaxmodels.cli", "run", TINY, "pause=0.2", "units=12", "--out", tmp_path / "r"]
+    command = [sys.executable, "-m", "jaxmodels", "run", TINY, "pause=0.2", "units=12", "--out", tmp_path / "r"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "unit 0\n"
     process.send_signal(number)
@@ -148,7 +148,7 @@ def test_list_names_every_experiment_and_whether_its_data_is_here():
 
 
 def test_a_closed_pipe_is_quiet():
-    command = f"{sys.executable} -m jaxmodels.cli run {TINY} --help | head -n 1"
+    command = f"{sys.executable} -m jaxmodels run {TINY} --help | head -n 1"
     run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.stderr == ""
 

@@ -163,7 +163,7 @@ def test_a_report_that_failed_is_built_again(tmp_path, monkeypatch):
 
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     out = tmp_path / "s"
-    words = [sys.executable, "-m", "jaxmodels.cli", "sweep", TINY, "grid=sizes", "pause=0.3", "units=6", "--out", out]
+    words = [sys.executable, "-m", "jaxmodels", "sweep", TINY, "grid=sizes", "pause=0.3", "units=6", "--out", out]
     process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=os.environ)
     until = time.monotonic() + 60

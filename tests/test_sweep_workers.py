@@ -27,7 +27,7 @@ def results(folder):
 
 
 def started(*words):
-    command = [sys.executable, "-m", "jaxmodels.cli", "sweep", TINY, *map(str, words)]
+    command = [sys.executable, "-m", "jaxmodels", "sweep", TINY, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -158,11 +158,12 @@ def test_cores_are_divided(monkeypatch, have, count, sizes):
 
 
 @pytest.mark.parametrize(("given", "found"), [
-    ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3000"}),
+    ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3000", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
     ({"XLA_CLIENT_MEM_FRACTION": ".2"}, {"XLA_CLIENT_MEM_FRACTION": ".2"}),  # jax refuses both
     ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".1"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".1"})])
 def test_memory_is_divided_unless_the_user_has(tmp_path, monkeypatch, given, found):
-    for name in sweep_workers.FRACTIONS:
+    names = (*sweep_workers.FRACTIONS, "XLA_PYTHON_CLIENT_PREALLOCATE")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -171,7 +172,7 @@ def test_memory_is_divided_unless_the_user_has(tmp_path, monkeypatch, given, fou
     with RunFolder(tmp_path / "s", {}) as folder, monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda command, env, **_: seen.update(env, cores=os.sched_getaffinity(0)))
         sweep_workers.Worker(1, 3, (TINY, "grid=sizes"), folder)
-    assert {name: seen[name] for name in sweep_workers.FRACTIONS if name in seen} == found
+    assert {name: seen[name] for name in names if name in seen} == found
     assert seen["cores"] == set(sweep_workers.cores(1, 3)) and os.sched_getaffinity(0) == before
 
 

@@ -32,7 +32,7 @@ def environment(cache, devices=1, **more):
 
 
 def command(out, *overrides):
-    return [sys.executable, "-m", "jaxmodels.cli", "run", "tests.toy_training", "--out", str(out), *overrides]
+    return [sys.executable, "-m", "jaxmodels", "run", "tests.toy_training", "--out", str(out), *overrides]
 
 
 def begin(out, cache, *overrides, devices=1, **env):
@@ -274,7 +274,7 @@ def test_bad_values(overrides, told, cache, tmp_path):
     (["data.vocab_size=10"], "data.vocab_size=10 must be at least 258"),
 ])
 def test_bad_values_of_pretraining(overrides, told, cache, tmp_path):
-    words = [sys.executable, "-m", "jaxmodels.cli", "run", "lm_moe_pretrain", "preset=tiny", *overrides]
+    words = [sys.executable, "-m", "jaxmodels", "run", "lm_moe_pretrain", "preset=tiny", *overrides]
     done = subprocess.run([*words, "--out", str(tmp_path / "run")], cwd=ROOT, env=environment(cache), text=True,
                           capture_output=True, timeout=120)
     assert done.returncode == 2 and told in done.stderr.splitlines()[-1], done.stderr
@@ -304,7 +304,7 @@ def test_a_file_that_is_not_text(cache, tmp_path):
         (tmp_path / "text" / name).mkdir(parents=True)
         (tmp_path / "text" / name / "good.txt").write_text("some words to read, again and again. " * 400)
     (tmp_path / "text" / "a" / "bad.txt").write_bytes(bytes(range(128, 256)) * 50)
-    words = [sys.executable, "-m", "jaxmodels.cli", "run", "lm_dense_pretrain", "preset=tiny", "data.vocab_size=262",
+    words = [sys.executable, "-m", "jaxmodels", "run", "lm_dense_pretrain", "preset=tiny", "data.vocab_size=262",
              "data.batch=2", "loop.steps=2", "samples=0", f"data.source=path:{tmp_path / 'text'}"]
     done = subprocess.run([*words, "--out", str(tmp_path / "run")], cwd=ROOT, env=environment(cache), text=True,
                           capture_output=True, timeout=240)

@@ -30,7 +30,7 @@ from train.runtime.signals import stop
 
 POLL = 0.2  # seconds between two looks at whether a signal has come
 TRIES = 2  # workers that may die of a group: the first may have been killed for what another did
-MEMORY = 0.9  # share of a GPU's memory that the workers divide
+MEMORY = 0.9  # share of a GPU's memory that the workers divide, at most
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # jax takes either and refuses both
 SIGNALS = {"save": signal.SIGUSR1, "stop": signal.SIGTERM}
 
@@ -51,7 +51,9 @@ class Worker:
         # -P and the path: a worker imports what this process does, and nothing that lies in the current folder instead
         command = [sys.executable, "-P", "-X", "faulthandler", "-m", "train.sweep_workers", str(folder.dir), *asked]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment = {FRACTIONS[1]: f"{MEMORY / count:.4f}"} if not os.environ.keys() & set(FRACTIONS) else {}
+        # Taken as it is needed: besides what jax takes, every process has half a GiB of CUDA's own on the GPU.
+        environment = {} if os.environ.keys() & set(FRACTIONS) else {
+            FRACTIONS[1]: f"{MEMORY / count:.4f}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with open(self.log, "ab") as log, _on(cores(place, count)):
             # A session of its own: Ctrl-C in a terminal reaches a whole process group, and this process passes it on.
             self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths, **environment}, bufsize=0,
