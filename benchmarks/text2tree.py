@@ -1,10 +1,11 @@
 """Text2Tree beside plain fine-tuning, and plain fine-tuning beside PyTorch: training steps and answers.
 
-    jaxmodels bench text2tree [--out FILE]     # two quiet CPU cores: about seven minutes; peers: torch, transformers
+    jaxmodels bench text2tree [--out FILE]     # two quiet CPU cores: about eight minutes; peers: torch, transformers
 
 Both methods as `jaxmodels run text2tree` builds, trains and asks them: MiniLM, 64 texts of 128 tokens (random words, no
 padding), 100 classes of a tree of 167 nodes, 8.5 a text; once with the lower four layers frozen (their states in place
-of tokens), once with the whole encoder trained. In turns in one process, same weights, same texts.
+of tokens), once with the whole encoder trained. Then phrases: 24 tokens, one of 1,918 classes of a tree of 2,226 nodes,
+four layers frozen. In turns in one process, same weights, same texts.
 
 PyTorch: transformers' BertModel (sdpa, no attention mask, no dropout inside, which ours has not either), mean over
 tokens, the same linear head, AdamW; float32 on as many threads as there are cores. Its answers and its loss are
@@ -42,25 +43,57 @@ from train.text_reader import Reader, make_reader
 COLUMNS = ("what", "side", "texts/s", "ms", "p10", "p90", "x plain", "bar", "result")
 PEERS = ("torch", "transformers")
 BARS = {"training": 1.25, "inference": 1.05}  # times the plain method's; the second: what counts as equal
-LETTERS, PREFIXES, CLASSES, A_TEXT = "ABCDEFGHIJ", 56, 100, 8.5  # of PubMed's tree (text2tree.md section 3.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Nodes of a tree by level: letters, prefixes, classes. a_text: how many classes a text has; None: one, by a
+    softmax. skew: above 1, the first prefixes have the most classes."""
+
+    letters: int
+    prefixes: int
+    classes: int
+    a_text: float | None = None
+    skew: float | None = None
+
+    def tree(self) -> LabelTree:
+        """From code strings."""
+        prefixes = [f"{chr(65 + i % self.letters)}{i // self.letters + 1:02d}" for i in range(self.prefixes)]
+        place = np.arange(self.classes) % self.prefixes
+        if self.skew:
+            place = (self.prefixes * (np.arange(self.classes) / self.classes) ** self.skew).astype(int)
+        return LabelTree.from_codes(f"{prefixes[at]}.{100 + i}" for i, at in enumerate(place))
+
+    def of(self, texts: int) -> np.ndarray:
+        """Labels: {0, 1}, float32[texts, classes], or int32[texts]."""
+        rng = np.random.default_rng(0)
+        if self.a_text is None:
+            return rng.integers(self.classes, size=texts, dtype=np.int32)
+        return (rng.random((texts, self.classes)) < self.a_text / self.classes).astype(np.float32)
+
+
+MESH = Codes(10, 56, 100, a_text=8.5)  # as PubMed's (text2tree.md section 3.2)
+ICD = Codes(22, 285, 1918, skew=1.35)  # as of `icd_phrases`, whose largest family has 27; here 30
 
 
 def main(out: str | None, *, encoder: str = "all-minilm-l6-v2", frozen: int = 4, batch: int = 64, length: int = 128,
-         repeats: Sequence[int] = (15, 21, 9, 15)) -> None:
-    """Measures, prints a table, and writes ``out``. repeats: of training and inference with frozen layers, then
-    without."""
+         short: int = 24, repeats: Sequence[int] = (15, 21, 9, 15, 15, 21)) -> None:
+    """Measures, prints a table, and writes ``out``. length, short: tokens of a text and of a phrase. repeats: of
+    training and inference with frozen layers, without, and of phrases."""
     check_out(out)
     about, peer = machine(PEERS), all(map(importlib.util.find_spec, PEERS))
     notes = ["x plain: time over the plain method's, medians of turns; ms, p10, p90 of a batch",
              f"equal: at most {BARS['inference']:.2f}, or the ranges from p10 to p90 overlap"]
     rows = []
-    for layers, counts in ((frozen, repeats[:2]), (0, repeats[2:])):
-        cfg = Text2TreeRun(data=TextDataConfig(batch=batch, length=length), mesh=MeshConfig(data=1),
+    some, whole = f"{frozen} layers frozen", "whole encoder"
+    for i, (what, layers, tokens, codes) in enumerate((
+            (some, frozen, length, MESH), (whole, 0, length, MESH), (f"phrases, {some}", frozen, short, ICD))):
+        cfg = Text2TreeRun(data=TextDataConfig(batch=batch, length=tokens), mesh=MeshConfig(data=1),
                            encoder=TextEncoderConfig(name=encoder, frozen=layers))
-        rows += measure(cfg, counts, peer and not layers)
+        rows += measure(what, cfg, codes, repeats[2 * i:2 * i + 2], peer and what == whole)
         gc.collect()
     if not peer:
-        rows.append({"what": "whole encoder", "side": "PyTorch, plain", "result": "torch is not installed"})
+        rows.append({"what": whole, "side": "PyTorch, plain", "result": "torch is not installed"})
     same = all(row.get("same_program", True) for row in rows)
     notes.append(f"inference: both methods give the compiler {'the same program' if same else 'DIFFERENT programs'}")
     elsewhere = max(row["samples"]["elsewhere"] for row in rows if "samples" in row)
@@ -69,11 +102,11 @@ def main(out: str | None, *, encoder: str = "all-minilm-l6-v2", frozen: int = 4,
     publish("Text2Tree, float32", rows, COLUMNS, about, notes, out)
 
 
-def measure(cfg: Text2TreeRun, repeats: Sequence[int], peer: bool) -> list[dict[str, Any]]:
+def measure(what: str, cfg: Text2TreeRun, codes: Codes, repeats: Sequence[int], peer: bool) -> list[dict[str, Any]]:
     """Rows of training and of inference with one encoder; ``peer``: PyTorch's too."""
-    tree = mesh_like()
+    tree = codes.tree()
     reader = make_reader(cfg.encoder, None, cfg.seed, Path())
-    batch = texts_and_labels(reader, cfg.data.batch, cfg.data.length)
+    batch = texts(reader, cfg.data.batch, cfg.data.length) | {"labels": codes.of(cfg.data.batch)}
     methods = {name: dataclasses.replace(cfg, method=MethodConfig(name)) for name in ("plain", "text2tree")}
     answers: dict[str, Callable[[], Any]] = {name: Answering(one, tree, reader, batch) for name, one in methods.items()}
     same = len({side.program() for side in answers.values()}) == 1
@@ -82,7 +115,6 @@ def measure(cfg: Text2TreeRun, repeats: Sequence[int], peer: bool) -> list[dict[
         theirs = Torch(cfg, reader, answers["plain"].model, batch)
         answers["PyTorch, plain"], steps["PyTorch, plain"] = theirs.answer, theirs.step
     check_same_work(answers, batch["labels"], theirs.first_loss() if peer else None)
-    what = f"{cfg.encoder.frozen} layers frozen" if cfg.encoder.frozen else "whole encoder"
     more = {"batch": cfg.data.batch, "length": batch["mask"].shape[1], "nodes": len(tree), "encoder": cfg.encoder.name}
     found = compare(f"training, {what}", take_turns(steps, repeats[0], warmup=1), cfg.data.batch, **more)
     return found + compare(f"inference, {what}", take_turns(answers, repeats[1]), cfg.data.batch, **more,
@@ -105,18 +137,10 @@ def compare(what: str, samples: dict[str, Samples], texts: int, **more: Any) -> 
     return rows
 
 
-def mesh_like() -> LabelTree:
-    """10 letters, 56 prefixes and 100 classes below them, with the root 167 nodes, from code strings."""
-    prefixes = [f"{LETTERS[i % len(LETTERS)]}{i // len(LETTERS) + 1:02d}" for i in range(PREFIXES)]
-    return LabelTree.from_codes(f"{prefixes[i % PREFIXES]}.{100 + i}" for i in range(CLASSES))
-
-
-def texts_and_labels(reader: Reader, batch: int, length: int) -> dict[str, np.ndarray]:
-    """What a step is given: every text longer than what is read of it, several labels each."""
-    rng = np.random.default_rng(0)
-    words = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (batch, length, 4))
-    inputs = reader.inputs([" ".join(map("".join, text)) for text in words], length)
-    return inputs | {"labels": (rng.random((batch, CLASSES)) < A_TEXT / CLASSES).astype(np.float32)}
+def texts(reader: Reader, batch: int, length: int) -> dict[str, np.ndarray]:
+    """What a step reads: every text is longer than what is read of it."""
+    words = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (batch, length, 4))
+    return reader.inputs([" ".join(map("".join, text)) for text in words], length)
 
 
 class Training:
@@ -126,7 +150,9 @@ class Training:
         mesh, start = make_mesh(cfg.mesh, jax.devices()[:1]), build(cfg, tree, reader)
         optimizer, schedule = make_tuner(cfg)
         plan = blueprint(lambda key: start, optimizer, mesh, seed=cfg.seed)
-        objective = CodedTextsObjective(cfg.method, tuple(batch["labels"].sum(0).tolist()), cfg.data.batch, tree)
+        labels = batch["labels"]
+        counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=tree.num_classes)
+        objective = CodedTextsObjective(cfg.method, tuple(counts.tolist()), cfg.data.batch, tree)
         step = TrainStep(plan.graphdef, objective, optimizer, cfg.loop.accumulate, schedule)
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
         with use_mesh(mesh):

@@ -9,13 +9,16 @@ from benchmarks import text2tree
 from benchmarks._timing import Samples
 from tests.tiny_texts import bert_folder
 
-TINY = {"frozen": 1, "batch": 4, "length": 16, "repeats": (1, 1, 1, 1)}
+TINY = {"frozen": 1, "batch": 4, "length": 16, "short": 16, "repeats": (1, 1) * 3}
 
 
-def test_the_tree_is_as_large_as_pubmeds():
-    tree = text2tree.mesh_like()
-    assert (len(tree), tree.num_classes, tree.num_levels) == (167, 100, 3)
-    assert np.bincount(tree.depth).tolist() == [1, 10, 56, 100] and (tree.depth[tree.leaf_index] == 3).all()
+@pytest.mark.parametrize(("codes", "levels", "largest"), [
+    (text2tree.MESH, [1, 10, 56, 100], 2), (text2tree.ICD, [1, 22, 285, 1918], 30)])
+def test_trees_are_as_large_as_those_of_the_tasks(codes, levels, largest):
+    tree = codes.tree()
+    assert np.bincount(tree.depth).tolist() == levels and (tree.depth[tree.leaf_index] == 3).all()
+    assert np.bincount(tree.parent[tree.leaf_index]).max() == largest
+    assert tree.num_classes == codes.classes and codes.of(6).shape == ((6, 100) if codes.a_text else (6,))
 
 
 def test_rows():
@@ -58,8 +61,8 @@ def test_without_torch(tmp_path, monkeypatch, capsys):
     rows, told = whole_command(tmp_path, capsys)
     *measured, absent = rows
     assert [(row["what"], row["side"]) for row in measured] == [
-        (f"{what}, {part}", side) for part in ("1 layers frozen", "whole encoder") for what in ("training", "inference")
-        for side in ("plain", "text2tree")]
+        (f"{what}, {part}", side) for part in ("1 layers frozen", "whole encoder", "phrases, 1 layers frozen")
+        for what in ("training", "inference") for side in ("plain", "text2tree")]
     assert all(row["same_program"] for row in measured if row["what"].startswith("inference"))
     assert all(row["texts/s"] == pytest.approx(4e3 / row["ms"]) and row["length"] == 16 for row in measured)
     assert absent["result"] == "torch is not installed" and "the same program" in told
