@@ -58,5 +58,5 @@ def test_peaks():
     kinds = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
              "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v4": 275e12, "NVIDIA A100-SXM4-80GB": 312e12, "cpu": None}
     assert {kind: flops.peak(Device(kind)) for kind in kinds} == kinds
-    assert flops.mfu(1e12, 1.0, 1, Device("cpu")) is None
+    assert flops.mfu(1e12, 1.0, 1, Device("cpu")) is None and flops.mfu(0.0, 1.0, 1, Device("TPU v5 lite")) is None
     assert flops.mfu(197e12, 2.0, 2, Device("TPU v5 lite")) == pytest.approx(0.25)

@@ -63,6 +63,6 @@ def encoder_train_flops_per_token(cfg: Any, keys: float) -> float:
 
 
 def mfu(flops: float, seconds: float, devices: int, device: Any) -> float | None:
-    """Share of the devices' dense bf16 peak; None for an unknown device."""
+    """Share of the devices' dense bf16 peak; None for an unknown device, and for FLOPs that nobody counted, 0."""
     top = peak(device)
-    return None if top is None else flops / (seconds * devices * top)
+    return None if top is None or not flops else flops / (seconds * devices * top)
