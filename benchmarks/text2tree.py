@@ -54,14 +54,12 @@ class Codes:
     prefixes: int
     classes: int
     a_text: float | None = None
-    skew: float | None = None
+    skew: float = 1.0
 
     def tree(self) -> LabelTree:
         """From code strings."""
         prefixes = [f"{chr(65 + i % self.letters)}{i // self.letters + 1:02d}" for i in range(self.prefixes)]
-        place = np.arange(self.classes) % self.prefixes
-        if self.skew:
-            place = (self.prefixes * (np.arange(self.classes) / self.classes) ** self.skew).astype(int)
+        place = (self.prefixes * (np.arange(self.classes) / self.classes) ** self.skew).astype(int)
         return LabelTree.from_codes(f"{prefixes[at]}.{100 + i}" for i, at in enumerate(place))
 
     def of(self, texts: int) -> np.ndarray:
