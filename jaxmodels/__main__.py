@@ -2,4 +2,5 @@
 
 from jaxmodels.cli import entry
 
-entry()
+if __name__ == "__main__":  # importing every module must not run it
+    entry()
