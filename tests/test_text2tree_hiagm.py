@@ -64,7 +64,7 @@ def test_head_by_loops():
     x = np.tanh(np.asarray(H, np.float64) @ p["pooler"] + p["pooler_bias"])
     expected = np.zeros((P, N))
     for i in range(P):
-        v = [x[i] @ p["nodes"][k] for k in range(N)]
+        v = [p["nodes"][k] @ x[i] for k in range(N)]
         for k in range(N):
             above = int(TREE.parent[k + 1]) - 1
             down = p["prior"][k] * v[above] if above >= 0 else np.zeros_like(v[k])

@@ -41,7 +41,7 @@ class HiagmHead(nnx.Module):
         self.tree, self.rate, D, N, W = tree, rate, d_model, len(tree) - 1, _WIDTH
         self.pooler = param(rngs, (D, D), ("embed", None), std=0.02)
         self.pooler_bias = param(rngs, (D,), (None,), value=0.0)
-        self.nodes = param(rngs, (N, D, W), ("vocab", "embed", None), std=D ** -0.5)
+        self.nodes = param(rngs, (N, W, D), ("vocab", None, "embed"), std=D ** -0.5)
         self.gate = param(rngs, (W, 3), (None, None), std=0.02)
         self.gate_bias = param(rngs, (N, 3), ("vocab", None), value=0.0)
         self.bias = param(rngs, (3, N, W), (None, "vocab", None), value=0.0)
@@ -58,7 +58,9 @@ class HiagmHead(nnx.Module):
     def __call__(self, features: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[P, D] -> float32[P, N - 1]."""
         x = jnp.tanh(linear(features.astype(jnp.float32), self.pooler[...], self.pooler_bias[...]))
-        v = jnp.einsum("pd,ndw->npw", dropout(x, self.rate, key), self.nodes[...])  # nodes first: they are what is cut
+        # Nodes first: they are what is cut. Their weights end in d: their gradient comes so, and the optimizer's
+        # passes over it and its moments would each transpose it (27 million weights on the ICD phrases).
+        v = jnp.einsum("pd,nwd->npw", dropout(x, self.rate, key), self.nodes[...])
         parent = self.tree.parent[1:] - 1
         child = np.flatnonzero(parent >= 0)
         weight = jnp.where(jnp.asarray(parent >= 0), self.prior[...], 0)
