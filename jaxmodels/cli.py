@@ -193,6 +193,7 @@ def command_sweep(arguments: argparse.Namespace) -> int:
 def _report_arguments(parser: Parser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; several are compared in one report")
     parser.add_argument("--out", metavar="FILE", help="page of a comparison (default: comparison.html beside the runs)")
+    parser.add_argument("--experiment", metavar="A.B", help="module of the run's experiment, where it is one of your own")
 
 
 def command_report(arguments: argparse.Namespace) -> int:
@@ -212,11 +213,24 @@ def command_report(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.out:
         raise UserError("--out is for comparing several runs; the report of one is written into its folder")
-    report = (abouts[0].get("config") or {}).get("report")
-    if not report:
-        raise UserError(f"{folders[0]}/config.json names no report; run the experiment again")
-    print(_build_report(folders[0], report))
+    print(_build_report(folders[0], _report_of(folders[0], str(abouts[0].get("name")), arguments.experiment)))
     return 0
+
+
+def _report_of(folder: Path, run: str, module: str | None) -> str:
+    """What builds its report, ``module:function``: a folder from elsewhere must not choose what is called."""
+    from train.runtime.config import experiment_names, experiment_of, find
+    from train.sweep import REPORT
+
+    name = experiment_of(run)
+    if module is None and name not in experiment_names():
+        raise UserError(f"{folder} is a run of {name!r}, which is none of the experiments here; if it is one of your "
+                        "own, give its module with --experiment a.b")
+    experiment = find(module or name)
+    if experiment.name != name:
+        raise UserError(f"{folder} is a run of {name!r}, not of {experiment.name!r}; give the module of {name!r}")
+    config = experiment.get_config()
+    return getattr(config, "sweep_report", REPORT) if run == f"{name}-sweep" else config.report
 
 
 def _build_report(directory: Path, function: str) -> Path:

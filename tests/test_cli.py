@@ -57,7 +57,22 @@ def test_runs_go_to_a_folder_named_by_the_config(tmp_path, monkeypatch):
     assert cli.main(["run", TINY, "units=1"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("tiny_experiment-")
-    assert cli.main(["report", str(folder)]) == 0
+    assert cli.main(["report", str(folder)]) == 2  # of an experiment that is not installed: the folder may not say which
+    assert cli.main(["report", str(folder), "--experiment", TINY]) == 0
+
+
+def test_a_run_folder_does_not_choose_what_builds_its_report(tmp_path, capsys):
+    for name, words, told in (
+            ("other", [], "r is a run of 'other', which is none of the experiments here"),
+            ("a.b-sweep", [], "r is a run of 'a.b', which is none of the experiments here"),
+            ("other", ["--experiment", TINY], "r is a run of 'other', not of 'tiny_experiment'"),
+            ("text2tree", [], "")):
+        about = {"name": name, "config": {"report": "shutil:rmtree"}}
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r" / "config.json").write_text(json.dumps(about))
+        code = cli.main(["report", str(tmp_path / "r"), *words])
+        assert (tmp_path / "r" / "config.json").exists()
+        assert told in capsys.readouterr().err and (code == 2 or not told)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from jaxmodels.errors import UserError
 from train.data.coded_texts import csv_rows
-from train.runtime.config import experiment_names, find, load_function
+from train.runtime.config import experiment_names, experiment_of, find, load_function
 from train.runtime.files import read_json, write_atomic
 from train.runtime.run_folder import CONFIG, RESULTS
 
@@ -58,7 +58,7 @@ def finished(run: Path) -> tuple[str, Mapping[str, Any]]:
     about = read_json(run / CONFIG) if run.is_dir() else None
     if about is None:
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}; give the folder that a run has written")
-    name = str(about.get("name")).partition("/")[0].removesuffix("-sweep")  # of a trial: its experiment's
+    name = experiment_of(str(about.get("name")))
     function = getattr(find(name).get_config(), "predict", None) if name in experiment_names() else None
     if not function:
         raise UserError(f"{run} is a run of {about.get('name')}, which predicts nothing; give a run of text2tree or "

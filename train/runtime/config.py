@@ -76,6 +76,11 @@ def experiment_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_"))
 
 
+def experiment_of(run: str) -> str:
+    """Of a run's name in its config.json, ``NAME``, ``NAME-sweep`` or ``NAME-sweep/variant/seed-0``: NAME."""
+    return run.partition("/")[0].removesuffix("-sweep")
+
+
 def find(name: str) -> Experiment:
     """The experiment called `name`; a dotted name is a module elsewhere (tests, a user's own).
 
