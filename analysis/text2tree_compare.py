@@ -186,10 +186,10 @@ def spread(method: Method, names: Iterable[str] = tuple(NUMBERS), tuned: bool = 
 
 
 def compared(method: Method, base: Method, name: str) -> dict[str, float] | None:
-    """`paired_bootstrap` of the means over the seeds that both have, or over all of either where one has but one:
-    TF-IDF has no chance in it. None where they share no seed, and of a number that there is not."""
+    """`paired_bootstrap` of the means over the seeds that both have; TF-IDF, in which there is no chance, against all
+    seeds of the other. None where they share no seed, and of a number that there is not."""
     seeds: list[Iterable[str]] = [method.results, base.results]
-    if min(map(len, seeds)) > 1:
+    if TFIDF not in (method.name, base.name):
         common = [seed for seed in method.results if seed in base.results]
         seeds = [common, common]
     if not seeds[0]:
@@ -203,11 +203,12 @@ def compared(method: Method, base: Method, name: str) -> dict[str, float] | None
 
 
 def _differences(report: Report, methods: list[Method], *bases: Method | None) -> None:
-    report.section("Differences", "Between means over seeds: over those that both have, or over all where one has a "
-                   "single one. Intervals of 95 % and p, the share of draws in which the method is not better, come "
-                   "from drawing the test texts anew, the same for both. They do not hold the spread over seeds: what "
-                   "is smaller than the ± above may be the seeds' doing, however small its p, and one seed does not "
-                   "show it. Each p is by itself: of many comparisons one in twenty is below 0.05 by chance." + (
+    report.section("Differences", "Between means over the seeds that both have; from TF-IDF, in which there is no "
+                   "chance, over all. Intervals of 95 % and p, the share of draws in which the method is not better, "
+                   "come from drawing the test texts anew, the same for both. They do not hold the spread over seeds: "
+                   "what is smaller than the ± above may be the seeds' doing, however small its p, and one seed "
+                   "does not show it. Each p is by itself: of many comparisons one in twenty is below 0.05 by "
+                   "chance." + (
                        "" if bases[0] else " Without a trial of method.name=plain there are none from plain "
                        "fine-tuning."))
     for base in filter(None, bases):

@@ -193,7 +193,7 @@ def command_sweep(arguments: argparse.Namespace) -> int:
 def _report_arguments(parser: Parser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; several are compared in one report")
     parser.add_argument("--out", metavar="FILE", help="page of a comparison (default: comparison.html beside the runs)")
-    parser.add_argument("--experiment", metavar="A.B", help="module of the run's experiment, where it is one of your own")
+    parser.add_argument("--experiment", metavar="A.B", help="module of the experiment, if it is one of your own")
 
 
 def command_report(arguments: argparse.Namespace) -> int:

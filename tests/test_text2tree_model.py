@@ -11,6 +11,7 @@ from analysis.attribution import class_logit, integrated_gradients
 from jaxmodels import Taps, UserError
 from jaxmodels.bert.config import BertConfig
 from jaxmodels.bert.model import Bert
+from jaxmodels.hub import resolve
 from jaxmodels.text2tree.classifier import Text2Tree, Text2TreeConfig, predictions
 from jaxmodels.text2tree.encoders import (
     CnnConfig,
@@ -227,9 +228,10 @@ def test_the_states_of_labels_do_not_decay():
 def test_the_pretrained_encoder():
     """MiniLM with its own pooler, six layers, frozen lower four."""
     try:
-        one, pooler = pretrained("all-minilm-l6-v2", "mean")
+        resolve("all-minilm-l6-v2")
     except UserError as error:
         pytest.skip(str(error))
+    one, pooler = pretrained("all-minilm-l6-v2", "mean")
     assert one.width == 384 and pooler[0].shape == (384, 384)
     classifier = Text2Tree(one, K, Text2TreeConfig(), tree=TREE, pooler=pooler, rngs=nnx.Rngs(0))
     assert np.array_equal(classifier.head.pooler[...], pooler[0])

@@ -28,7 +28,7 @@ from train.runtime.config import resolve, to_dict
 from train.runtime.run_folder import RunFolder
 from train.text2tree_config import METHODS
 from train.text_labels import label_states, tree_arrays, tree_from
-from train.text_reader import Reader, learned
+from train.text_reader import Reader, learned, make_reader
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,14 @@ def test_the_root_begins_as_a_masked_piece(mask):
         return
     table = text2tree.build(cfg, tree, reader).labels.nodes[...]
     assert np.array_equal(table[0], encoder.embed[pieces.token_to_id(mask)]) and np.isfinite(table).all()
+
+
+@pytest.mark.parametrize("start", ["label", "fixed"])
+def test_label_states_may_begin_with_a_small_cnn(start, tmp_path):
+    """Of another width than the one by default."""
+    cfg = resolve("text2tree", ["data.path=a.csv", "encoder.name=cnn", "encoder.filters=8", f"method.start={start}"])
+    reader = make_reader(cfg.encoder, ["some words of a text"] * 20, 0, tmp_path)
+    assert text2tree.build(cfg, LabelTree.from_codes(CODES), reader).labels.nodes.shape[1] == reader.encoder.width == 24
 
 
 def test_long_texts_are_read_in_chunks():

@@ -70,14 +70,14 @@ def run(cfg: Text2TreeRun, folder: RunFolder) -> None:
         tell(f"{cfg.data.name} has changed since {folder.dir} was trained with it, whose results stay as they are; "
              "train again in another folder")
     experiment.run(cfg, folder, prepare, finish)
-    drop_checkpoints(folder)
+    drop_checkpoints(cfg, folder)
 
 
 def run_together(cfgs: Sequence[Text2TreeRun], folders: Sequence[RunFolder]) -> list[Exception | None]:
     """`run` of classifiers that differ in their seeds, trained in lockstep: see `experiment.run_together`."""
     ends = experiment.run_together(cfgs, folders, prepare, finish)
-    for folder in folders:
-        drop_checkpoints(folder)
+    for cfg, folder in zip(cfgs, folders, strict=True):
+        drop_checkpoints(cfg, folder)
     return ends
 
 
@@ -115,10 +115,12 @@ def finish(trial: Trial, trained: loop.Trained) -> None:
         folder.write_results(found | {"chosen_step": best, "finished": True})
 
 
-def drop_checkpoints(folder: RunFolder) -> None:
+def drop_checkpoints(cfg: Text2TreeRun, folder: RunFolder) -> None:
     """Of a run at its end, which nobody asks for any more: up to a gigabyte, and a sweep has dozens of runs."""
     if folder.writes and folder.results().get("finished") and (folder.dir / "model.npz").exists():
         shutil.rmtree(folder.dir / "checkpoints", ignore_errors=True)
+        if cfg.loop.local_dir:
+            shutil.rmtree(loop.local_folder(folder, cfg.loop.local_dir), ignore_errors=True)
 
 
 def read(cfg: Text2TreeRun) -> CodedTexts:
@@ -165,8 +167,8 @@ def check_encoder(cfg: Text2TreeRun, folder: Path) -> None:
 
 
 def what_is_read(cfg: Text2TreeRun, source: CodedTexts) -> dict[str, Any]:
-    """On what inputs and TF-IDF depend: a file of one's own may be another one under the same name."""
-    return dataclasses.asdict(cfg.data) | ({"texts": source.digest} if cfg.data.path else {})
+    """On what inputs and TF-IDF depend: other texts may lie under the same name."""
+    return dataclasses.asdict(cfg.data) | {"texts": source.digest}
 
 
 def prepare_data(cfg: Text2TreeRun, folder: RunFolder, source: CodedTexts, reader: Reader, start: Path | None = None

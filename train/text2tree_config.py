@@ -24,7 +24,7 @@ class TextDataConfig:
     text: str = "text"  # its column of texts
     labels: str = "labels"  # of codes; several in one cell are separated by ; , | or spaces
     split: str | None = None  # of train, dev and test; none: by a hash of the text, 64, 16 and 20 %
-    tree: str = "codes"  # above the codes of a CSV: codes (their spelling), icd10cm, or a table of code and parent
+    tree: str = "codes"  # above the codes of a CSV: codes (their spelling), icd10cm, icd9cm, or a table
     floor: int = 1  # training texts that a class needs
     length: int = 128  # tokens that the encoder reads at once
     chunks: int = 1  # pieces of that length that are read of a text; 1: its beginning, else each code looks among them
@@ -179,9 +179,9 @@ class Text2TreeRun:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.loop.style == "pmap":
             raise UserError("loop.style=pmap is for old scripts; text2tree runs with auto or per_device")
-        if self.loop.style == "per_device" and self.method.name not in ("plain", "focal", "reweight"):
-            raise UserError(f"loop.style=per_device cuts a batch into devices, and method.name={self.method.name} "
-                            "compares the texts of a whole one; take loop.style=auto")
+        if self.loop.style == "per_device" and self.method.name not in (each := ("plain", "focal", "reweight")):
+            raise UserError(f"loop.style=per_device is for method.name={', '.join(each)}, whose losses need no other "
+                            f"text, not for {self.method.name}; take loop.style=auto")
 
     @property
     def operational(self) -> tuple[str, ...]:

@@ -89,6 +89,8 @@ def make_reader(cfg: TextEncoderConfig, texts: Sequence[str] | None, seed: int, 
     if cfg.name == "cnn":
         tokenizer = load_tokenizer(folder) if texts is None else kept_pieces(texts, cfg.words, folder)
         options = CnnConfig(tokenizer.vocab_size, filters=cfg.filters, pad_id=0)
+        # As wide as what comes out, 300 and 300 by default: label states may begin with the embedding's rows.
+        options = dataclasses.replace(options, d_embed=len(options.widths) * cfg.filters)
         return Reader(tokenizer, CnnEncoder(options, rngs=nnx.Rngs(seed)), None, None)
     if cfg.name == "fresh":
         if start is None:

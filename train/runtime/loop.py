@@ -113,7 +113,7 @@ class Loop:
         self.goodput = Goodput(run.path("goodput.json") if jax.process_index() == 0 else None)
         self.checkpoints = Checkpoints(
             run.path("checkpoints"), every=cfg.save_every, keep=cfg.keep, keep_every=cfg.keep_every,
-            local=_local_folder(run, cfg.local_dir), local_every=cfg.local_every, verify=cfg.verify)
+            local=_free_local_folder(run, cfg.local_dir), local_every=cfg.local_every, verify=cfg.verify)
         self.flying: collections.deque[tuple[int, int, Any]] = collections.deque()  # step, together, metrics on device
         self.step = 0
         self.same_data = 0  # the step after which the examples were those of the data that there is now
@@ -419,14 +419,19 @@ def _note(line: dict[str, Any]) -> str:
     return ", ".join([*parts, *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else [])])
 
 
-def _local_folder(run: RunFolder, local_dir: str | None) -> Path | None:
-    """A run's own place in loop.local_dir, which other runs, or trials of a sweep, are told too.
+def local_folder(run: RunFolder, local_dir: str) -> Path:
+    """A run's own place in loop.local_dir, which other runs, or trials of a sweep, are told too."""
+    return Path(local_dir) / f"{run.dir.name}-{config_hash({'run': str(run.dir.absolute())})}"
+
+
+def _free_local_folder(run: RunFolder, local_dir: str | None) -> Path | None:
+    """`local_folder`, if there is one.
 
     Raises UserError if it holds checkpoints though the run has logged nothing: its folder was removed, they were not.
     """
     if not local_dir:
         return None
-    folder = Path(local_dir) / f"{run.dir.name}-{config_hash({'run': str(run.dir.absolute())})}"
+    folder = local_folder(run, local_dir)
     if run.writes and not run.metrics() and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds checkpoints of an earlier run in {run.dir}, which begins anew; remove it, or "
                         "choose another loop.local_dir")
