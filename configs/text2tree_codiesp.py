@@ -16,7 +16,7 @@ from train.text2tree_config import Text2TreeRun, TextDataConfig
 
 __all__ = ["GRIDS", "MINUTES", "NEEDS", "PRESETS", "get_config"]
 
-NEEDS = ("codiesp", "all-minilm-l6-v2")
+NEEDS = ("codiesp", "icd_phrases", "all-minilm-l6-v2")  # icd_phrases: the file with the tree
 MINUTES: dict[str, float] = {}
 GRIDS = grids(without=("oversampling",))
 
