@@ -188,6 +188,17 @@ def test_sentencepiece_with_byte_fallback(tmp_path):
     assert bare.decode(bare.encode(" hello")) == " hello"
 
 
+def test_a_long_piece_is_refused_before_it_is_cut(tmp_path):
+    def built(length):
+        change = {"ggml.tokens": ["<unk>", "<s>", "a", "a" * length], "ggml.token_type": [2, 3, 1, 1]}
+        more = {"ggml.scores": [0.0, 0.0, -1.0, -2.0], "ggml.eos_token_id": 1}
+        return load_tokenizer(sentencepiece_file(tmp_path, **change, **more))
+
+    assert built(512).vocab_size == 4
+    with pytest.raises(UserError, match="a token of 5000 characters is over the limit of 512"):
+        built(5000)
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
