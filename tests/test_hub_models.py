@@ -70,6 +70,7 @@ def refused(folder, words):
     ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "router": "best"}}}, "'best' is not one of"),
     ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "rooter": "all"}}}, "split the model again"),
     ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "router": "linear"}}}, "lacks tensor .*router.weight"),
+    ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "router": "softmax"}}}, "which no split model has"),
 ])  # fmt: skip
 def test_configs_that_do_not_fit(broken, change, words):
     refused(broken(change), words)

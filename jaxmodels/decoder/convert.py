@@ -132,6 +132,9 @@ def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
         if not isinstance(given, dict) or any(type(v) is not fields.get(k) for k, v in given.items()) or not (
                 {"num_experts", "top_k", "router"} <= given.keys()):
             raise UserError(f"config.json: jaxmodels.experts is {given!r:.200}; split the model again")
+        if given["router"] == "softmax":  # trained experts are the family's own, whose number `_experts` limits
+            raise UserError("config.json: jaxmodels.experts has the router softmax, which no split model has; split "
+                            "the model again")
         config = dataclasses.replace(config, experts=ExpertConfig(**given))
         E = config.experts.num_experts
         bad = [w for w in config.ffn_widths if E < 1 or w % E]
