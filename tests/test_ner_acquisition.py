@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from analysis.active_learning import acquisition, selection
+from analysis.active_learning import acquisition, selection, strategies
 from jaxmodels.errors import UserError
 
 LOG = np.log(np.array([[0.9, 0.9, 0.9, np.nan], [0.5, 0.5, 0.9, np.nan], [0.9, 0.9, 0.9, 0.9], [np.nan] * 4]))
@@ -60,6 +60,16 @@ def test_information_of_passes():
 def test_a_diverged_model_is_told_of():
     with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
         acquisition.mnlp(np.where(np.arange(4)[:, None] == 1, np.nan, LOG), MASK)
+
+
+def test_representatives_are_looked_for_among_what_fits(monkeypatch):
+    pool = [["w"] * n for n in (10, 10, 3, 4)]  # the first two are in most doubt, and fill four budgets
+    monkeypatch.setattr(strategies, "scores", lambda *_, **__: np.array([4.0, 3, 2, 1]))
+    monkeypatch.setattr(strategies, "vectors", lambda tagger, sentences: np.eye(4)[:len(sentences)])
+    chosen = [strategies.choose("submod", None, pool, 5, overshoot=overshoot) for overshoot in (False, True)]
+    assert set(chosen[0]) <= {2, 3} and len(chosen[0]) == 1 and set(chosen[1]) <= {0, 1}
+    with pytest.raises(UserError, match="a budget of 2 words is below the shortest sentence of the pool, 3 words"):
+        strategies.choose("submod", None, pool, 2, overshoot=False)
 
 
 SCORES = np.array([0.1, 0.9, 0.5, 0.5, 0.5, 0.9])
