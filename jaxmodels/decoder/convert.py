@@ -313,9 +313,9 @@ def entries(config: DecoderConfig) -> list[Entry]:
     for g, (start, stop) in enumerate(config.groups):
         layers = range(start, stop)
 
-        def leaf(path, shape, name, hf_shape=None, to_ours=None, to_hf=None, g=g, layers=layers):
+        def leaf(path, shape, name, hf_shape=None, to_ours=None, to_hf=None, dtype=None, g=g, layers=layers):
             sources = tuple(_source(f"model.layers.{i}.{name}", shape, hf_shape, to_ours, to_hf) for i in layers)
-            out.append(Entry(("groups", g, *path), (len(layers), *shape), sources, lead=(len(layers),)))
+            out.append(Entry(("groups", g, *path), (len(layers), *shape), sources, (len(layers),), dtype))
 
         leaf(("attention_norm", "scale"), (D,), f"{first}.weight")
         leaf(("ffn_norm", "scale"), (D,), f"{second}.weight")
@@ -364,7 +364,7 @@ def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: li
                          else ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}))
         leaf(("ffn", "router", "weight"), (D, E), f"{prefix}.gate.weight", (E, D), transpose, transpose)
         if config.experts.balance_bias:  # a tensor of our own: these families have none, transformers ignores it
-            leaf(("ffn", "router", "bias"), (E,), f"{prefix}.router.bias")
+            leaf(("ffn", "router", "bias"), (E,), f"{prefix}.router.bias", dtype="float32")  # as RouterBias is
         for ours, theirs in names.items():
             shape = (F, D) if ours == "down" else (D, F)
             sources = tuple(Source(f"model.layers.{i}.{prefix}.experts.{e}.{theirs}.weight", shape[::-1], transpose,
