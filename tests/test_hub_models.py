@@ -50,6 +50,7 @@ def refused(folder, words):
     ({"model_type": None}, "None"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported; supported: default"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' has no factor"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1.0}}, "rope_theta 1.0 must be above 1"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4}}, "must be below"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"hidden_act": "mish"}, "'mish' is not supported"),

@@ -248,7 +248,8 @@ def test_chat_templates_of_a_folder(tmp_path):
     message = [{"role": "user", "content": "<ü>"}]
     config = {"eos_token": "<e>", "chat_template": plain}
     assert load_tokenizer(folder(tmp_path, config)).apply_chat(message) == 'user:"<ü>"<e>'
-    named = config | {"chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": plain}]}
+    templates = [{"name": "tool", "template": "x"}, {"name": ["x"]}, "x", {"name": "default", "template": plain}]
+    named = config | {"chat_template": templates}
     assert load_tokenizer(folder(tmp_path, named)).apply_chat(message) == 'user:"<ü>"<e>'
     assert load_tokenizer(folder(tmp_path, config, chat_template__jinja="file")).apply_chat(message) == "file"
 

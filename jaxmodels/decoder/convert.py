@@ -188,6 +188,9 @@ def _rope(hf: dict[str, Any]) -> RopeConfig:
     if fields.get("low_freq_factor", 1.0) >= fields.get("high_freq_factor", 4.0):
         raise UserError(f"config.json: rope's low_freq_factor {fields.get('low_freq_factor', 1.0)} must be below its "
                         f"high_freq_factor {fields.get('high_freq_factor', 4.0)}; fetch the model's own config.json")
+    if kind == "yarn" and theta <= 1:  # its range of dimensions is a logarithm to this base
+        raise UserError(f"config.json: rope_theta {theta} must be above 1 for rope type 'yarn'; fetch the model's own "
+                        "config.json")
     if kind in ("llama3", "yarn"):
         fields.setdefault("original_max_positions", hf.get("original_max_position_embeddings")
                           or hf.get("max_position_embeddings", 2048))
