@@ -205,7 +205,7 @@ class _Run:
 
     def activation(self, point):
         """[L, B, T, *site]; the embedding has one layer."""
-        return self.aux[point][None] if point == "embedding" else self.aux[point]
+        return _layered(point, self.aux[point])
 
     def _check_finite(self):
         if not bool(jnp.isfinite(self.end).all()):
@@ -230,13 +230,14 @@ class _Run:
             out[point] = jnp.asarray(baseline[point], jnp.float32)
             if not bool(jnp.isfinite(out[point]).all()):
                 raise UserError(f"the baseline of {point} is not finite; attribution from there would mean nothing")
-            if point == "embedding":
-                out[point] = jnp.broadcast_to(out[point], shape[1:])[None]
+            wanted = shape[1:] if point == "embedding" else shape
             try:
-                jnp.broadcast_shapes(out[point].shape, shape)
+                fits = jnp.broadcast_shapes(out[point].shape, wanted) == wanted
             except ValueError:
-                raise UserError(f"the baseline of {point} has shape {out[point].shape}; it must broadcast to {shape}"
-                                ) from None
+                fits = False
+            if not fits:
+                raise UserError(f"the baseline of {point} has shape {out[point].shape}; it must broadcast to {wanted}")
+            out[point] = _layered(point, jnp.broadcast_to(out[point], wanted) if point == "embedding" else out[point])
             out[point] = out[point].reshape((1,) * (len(shape) - out[point].ndim) + out[point].shape)
         return out
 
@@ -354,7 +355,7 @@ def _gate(program, points, tokens, state, inputs, target, h, base, counted, alph
         edits = {}
         for p in points:
             arrays = gates[p], rest[p], base[p], jnp.reshape(alpha, (1,)), None if counted is None else counted[None]
-            edits[p] = Partial(_gated, *arrays)
+            edits[p] = Partial(_gated, *(jax.tree.map(lambda a: a[0], arrays) if p == "embedding" else arrays))
         return _numbers(target, _forward(program, state, inputs, Taps(edit=edits))[0])
 
     def node(alpha):
@@ -415,8 +416,9 @@ def _conductance(program, points, tokens, state, inputs, target, h, embedding, b
     def run(alpha, added):
         path = base + alpha * (embedding - base)
         output, aux = _forward(program, state, inputs,
-                               Taps(record=points, edit={"embedding": Partial(_replaced, path)}, add=added))
-        return _numbers(target, output), {p: aux[p] for p in points}
+                               Taps(record=points, edit={"embedding": Partial(_replaced, path)},
+                                    add={p: a[0] if p == "embedding" else a for p, a in added.items()}))
+        return _numbers(target, output), {p: _layered(p, aux[p]) for p in points}
 
     def node(alpha):
         # dh/dα, which is the transpose of a transpose: kernels have gradients of their own and no forward mode.
@@ -468,6 +470,11 @@ def _token_sum(a, counted, lead: int = 0):
     if counted is not None:
         a = jnp.where(counted.reshape(*counted.shape, *(1,) * (a.ndim - lead - 2)), a, 0)
     return a.sum(lead + 1)
+
+
+def _layered(point, a):
+    """With a layer axis, which taps do not give the embedding."""
+    return a[None] if point == "embedding" else a
 
 
 def _fit(a, value):

@@ -9,6 +9,7 @@ import numpy as np
 from analysis.report import style
 from analysis.report.generic import flat, is_number, read_run
 from analysis.report.html import Report
+from analysis.training_report import tokens_read
 from train.runtime.files import read_json
 from train.runtime.run_folder import CONFIG, RESULTS
 
@@ -125,8 +126,10 @@ def _curves(report: Report, trials: Trials) -> None:
     report.section("Curves", "A line a seed, a colour and a kind of line a variant. Time is the number of steps times "
                    "the median step of that trial: what others did on the machine meanwhile shifts no curve but "
                    "stretches it whole.")
+    # Without `tokens` there is `weight`: predicted tokens, tagged words, texts or proteins, by the objective.
+    amount = "tokens read" if any("tokens" in line for line in lines) else "examples or tokens trained on"
     for key in keys:
-        for axis, unit in (("tokens", "tokens"), ("minutes", "minutes of training steps")):
+        for axis, unit in (("amount", amount), ("minutes", "minutes of training steps")):
             figure, axes = style.new_figure(7, 3.4)
             rows = []
             for i, (variant, seeds) in enumerate(trials.items()):
@@ -136,7 +139,7 @@ def _curves(report: Report, trials: Trials) -> None:
                         named = any(row["variant"] == variant for row in rows)
                         axes.plot(*zip(*points, strict=True), **style.line(i), linewidth=1.4, alpha=0.8,
                                   marker="o" if len(points) < 30 else None, label=None if named else variant)
-                    rows += [{"variant": variant, "seed": seed, axis: x, key: y} for x, y in points]
+                    rows += [{"variant": variant, "seed": seed, unit: x, key: y} for x, y in points]
             if rows:
                 axes.set(xlabel=unit, title=f"{key} against {unit}")
                 axes.legend()
@@ -145,8 +148,8 @@ def _curves(report: Report, trials: Trials) -> None:
 
 def _points(results: Mapping[str, Any], metrics: list[dict[str, Any]], key: str, axis: str
             ) -> list[tuple[float, float]]:
-    if axis == "tokens":
-        places = np.cumsum([line.get("weight", 0) for line in metrics])
+    if axis == "amount":
+        places = np.array(tokens_read(metrics))
     else:
         places = np.array([line.get("step", 0) for line in metrics]) * results.get("step_seconds_median", 0) / 60
     known = [(float(x), line.get(key)) for x, line in zip(places, metrics, strict=True)]

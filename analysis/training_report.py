@@ -61,7 +61,7 @@ def _losses(report: Report, lines: Lines, results: dict[str, Any]) -> None:
               if key.startswith("floor.") and "hidden" not in key and is_number(results.get(key))}
     held = "held-out families" if floors else "held-out packages"
     report.section("Learning", f"Loss of every step beside that of the {held}, which no step has seen.")
-    tokens = _tokens(lines)
+    tokens = tokens_read(lines)
     report.figure(loss_figure(lines, tokens, held, floors), "Loss against tokens read.", _rows(
         lines, ("loss", "validation_loss", "bits_per_byte", "validation_bits_per_byte"), tokens), "loss",
         "Training and validation loss falling over tokens")
@@ -120,7 +120,7 @@ def _experts(report: Report, lines: Lines) -> None:
     right.plot(*_curve(lines, "router.entropy"))
     right.set(xlabel="step", title="entropy of the load (1: equal)")
     report.figure(figure, "How evenly the experts are loaded, mean over layers.",
-                  _rows(lines, ("router.max_ratio", "router.entropy", "router.dead", "router.z"), _tokens(lines)),
+                  _rows(lines, ("router.max_ratio", "router.entropy", "router.dead", "router.z"), tokens_read(lines)),
                   "balance")
 
 
@@ -148,7 +148,7 @@ def _time(report: Report, lines: Lines, goodput: dict[str, Any] | None) -> None:
         axes.plot(*_curve(lines, "tokens_per_second"))
         axes.set(xlabel="step", title="tokens a second", ylim=(0, None))
         report.figure(figure, "Throughput of every step.", _rows(
-            lines, ("step_seconds", "tokens_per_second", "mfu"), _tokens(lines)), "throughput")
+            lines, ("step_seconds", "tokens_per_second", "mfu"), tokens_read(lines)), "throughput")
 
 
 def _samples(report: Report, results: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def _samples(report: Report, results: dict[str, Any]) -> None:
         report.code(text)
 
 
-def _tokens(lines: Lines) -> list[float]:
+def tokens_read(lines: Lines) -> list[float]:
     """Tokens read up to each line; resumed runs have every step once."""
     # Where not every token is asked for (masked residues), `weight` counts the questions and `tokens` what was read.
     return np.cumsum([line.get("tokens", line.get("weight", 0)) for line in lines]).tolist()

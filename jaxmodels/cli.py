@@ -384,6 +384,8 @@ def _read_keep(path: str):
             if len(keep.files) != 1:
                 raise UserError(f"{path} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
             keep = keep[keep.files[0]]
+        if not isinstance(keep, np.ndarray):  # what is no .npy in a zip comes as its bytes
+            raise ValueError("what the zip holds is no .npy")
     except UserError:
         raise
     except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:  # what damaged files end in

@@ -291,6 +291,20 @@ def test_the_embedding_and_the_residual_stream():
         np.testing.assert_allclose(conductance.values[layer].sum((1, 2)), change, atol=1e-5)
 
 
+def test_on_the_embedding_all_modes_are_one():
+    model, tokens = tiny(), proteins(7, 5)
+    half = {"embedding": 0.5 * record(model, tokens, ("embedding",))["embedding"]}
+    call = functools.partial(integrated_gradients, model, tokens, point="embedding", target=class_probability([0, 3]),
+                             options=CLASS, steps=16, max_steps=16, baseline=half)
+    site = call()
+    assert (np.asarray(site.error) < 1e-5).all()
+    for mode in ("gate", "conductance"):
+        np.testing.assert_allclose(call(mode=mode).values, site.values, atol=1e-6)
+    counted = jnp.arange(tokens.shape[1]) < jnp.array([[3], [4]])
+    summed = call(mode="gate", tokens="sum", counted=counted).values
+    np.testing.assert_allclose(summed, jnp.where(counted[..., None], site.values, 0).sum(2), atol=1e-6)
+
+
 @pytest.mark.long
 def test_layers_that_are_computed_again_give_the_same():
     tokens, call = proteins(7, 5), functools.partial(integrated_gradients, point="ffn.hidden", steps=4, max_steps=4,
@@ -321,7 +335,9 @@ def test_bad_input():
                        ({"baseline": "mean"}, "not zero"), ({"baseline": {}}, "no 'ffn.hidden'"),
                        ({"baseline": {"ffn.hidden": np.full(48, np.nan)}}, "baseline of ffn.hidden is not finite"),
                        ({"target": class_logit([0, 1])}, "2 labels for 1 examples"),
-                       ({"tokens": "all"}, "sum"), ({"baseline": {"ffn.hidden": np.zeros(7)}}, "must broadcast")):
+                       ({"tokens": "all"}, "sum"), ({"baseline": {"ffn.hidden": np.zeros(7)}}, "must broadcast"),
+                       ({"baseline": {"ffn.hidden": np.zeros((3, 5, 6, 48))}}, "must broadcast"),
+                       ({"point": "embedding", "baseline": {"embedding": np.zeros((1, 1, 6, 32))}}, "must broadcast")):
         with pytest.raises(UserError, match=told):
             call(**more)
     with pytest.raises(UserError, match="computes in bfloat16"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,9 @@ def test_damaged_keep_files(places, capsys, tmp_path):
     (tmp_path / "flipped.npz").write_bytes(raw.replace(b"\1" * L * F, b"\0" * L * F))
     with open(tmp_path / "huge.npy", "wb") as file:  # 1 PB announced, nothing there
         np.lib.format.write_array_header_1_0(file, {"descr": "|b1", "fortran_order": False, "shape": (10**6, 10**9)})
-    for name in ("cut.npz", "flipped.npz", "objects.npz", "huge.npy"):
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as file:
+        file.writestr("keep.txt", "1 0 1")
+    for name in ("cut.npz", "flipped.npz", "objects.npz", "huge.npy", "text.npz"):
         refused(capsys, f"{name} as .npy or .npz", "prune", places / "model", "--keep", tmp_path / name, "--out",
                 tmp_path / "m", out=tmp_path / "m")
 

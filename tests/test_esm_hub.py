@@ -61,6 +61,7 @@ def test_names_of_every_version(load, weights):
     assert body.lm_head is None and body.cfg.inv_freq == expected.cfg.inv_freq
     none = {key: value for key, value in golden_config("esm2").items() if key not in ("model_type", "architectures")}
     assert config_from_hf(none) == config_from_hf(golden_config("esm2"))
+    same(load(weights, {"jaxmodels": None}), expected)
 
 
 def test_rotary_frequencies_wherever_they_are(load, weights):

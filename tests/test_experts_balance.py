@@ -193,6 +193,11 @@ def test_files_round_trip(tmp_path, family, qk_norm):
     assert back.cfg.experts == BALANCED.experts
     for path, leaf in leaves(model).items():
         assert np.array_equal(leaves(back)[path], leaf), path
+    narrow = jaxmodels.load(folder, "bfloat16")
+    for one in (narrow, unroll(narrow)):
+        router = one.groups[0].ffn.router
+        assert router["weight"].dtype == jnp.bfloat16 and router["bias"].dtype == jnp.float32
+        assert np.array_equal(router["bias"][0], back.groups[0].ffn.router["bias"][0])
     # Without the bias the files are as before: nothing of ours in them.
     config = dataclasses.replace(model.cfg, experts=dataclasses.replace(BALANCED.experts, balance_bias=False))
     kept = {path: leaf for path, leaf in leaves(model).items() if path[-1] != "bias"}

@@ -50,6 +50,7 @@ def refused(folder, words):
     ({"model_type": None}, "None"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported; supported: default"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' has no factor"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1.0}}, "rope_theta 1.0 must be above 1"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4}}, "must be below"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"hidden_act": "mish"}, "'mish' is not supported"),
@@ -70,6 +71,7 @@ def refused(folder, words):
     ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "router": "best"}}}, "'best' is not one of"),
     ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "rooter": "all"}}}, "split the model again"),
     ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "router": "linear"}}}, "lacks tensor .*router.weight"),
+    ({"jaxmodels": {"experts": {"num_experts": 4, "top_k": 2, "router": "softmax"}}}, "which no split model has"),
 ])  # fmt: skip
 def test_configs_that_do_not_fit(broken, change, words):
     refused(broken(change), words)

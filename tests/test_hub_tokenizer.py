@@ -188,6 +188,17 @@ def test_sentencepiece_with_byte_fallback(tmp_path):
     assert bare.decode(bare.encode(" hello")) == " hello"
 
 
+def test_a_long_piece_is_refused_before_it_is_cut(tmp_path):
+    def built(length):
+        change = {"ggml.tokens": ["<unk>", "<s>", "a", "a" * length], "ggml.token_type": [2, 3, 1, 1]}
+        more = {"ggml.scores": [0.0, 0.0, -1.0, -2.0], "ggml.eos_token_id": 1}
+        return load_tokenizer(sentencepiece_file(tmp_path, **change, **more))
+
+    assert built(512).vocab_size == 4
+    with pytest.raises(UserError, match="a token of 5000 characters is over the limit of 512"):
+        built(5000)
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
@@ -237,7 +248,8 @@ def test_chat_templates_of_a_folder(tmp_path):
     message = [{"role": "user", "content": "<ü>"}]
     config = {"eos_token": "<e>", "chat_template": plain}
     assert load_tokenizer(folder(tmp_path, config)).apply_chat(message) == 'user:"<ü>"<e>'
-    named = config | {"chat_template": [{"name": "tool", "template": "x"}, {"name": "default", "template": plain}]}
+    templates = [{"name": "tool", "template": "x"}, {"name": ["x"]}, "x", {"name": "default", "template": plain}]
+    named = config | {"chat_template": templates}
     assert load_tokenizer(folder(tmp_path, named)).apply_chat(message) == 'user:"<ü>"<e>'
     assert load_tokenizer(folder(tmp_path, config, chat_template__jinja="file")).apply_chat(message) == "file"
 

@@ -1,11 +1,18 @@
 """What to label next: scores on hand-made numbers, budgets, representatives (ner_active_learning.md tests 3, 4, 8)."""
 
 import tracemalloc
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from analysis.active_learning import acquisition, selection
+from analysis.active_learning import acquisition, selection, strategies
+from jaxmodels.cnn_cnn_lstm.config import CnnCnnLstmConfig
+from jaxmodels.cnn_cnn_lstm.network import END, PAD, START, UNK
+from jaxmodels.cnn_cnn_lstm.passes import _passes
 from jaxmodels.errors import UserError
 
 LOG = np.log(np.array([[0.9, 0.9, 0.9, np.nan], [0.5, 0.5, 0.9, np.nan], [0.9, 0.9, 0.9, 0.9], [np.nan] * 4]))
@@ -15,7 +22,7 @@ MASK = np.array([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
 def test_mnlp_on_hand_made_probabilities():
     found = -acquisition.mnlp(LOG, MASK)  # the paper's sign
     np.testing.assert_allclose(found[:3], [-0.10536, -0.49722, -0.10536], atol=5e-6)
-    assert found[3] == np.inf and acquisition.SIGNS["mnlp"] == -1
+    assert found[3] == np.inf
 
 
 def test_least_confidence_orders_as_the_probability_does_and_prefers_the_long():
@@ -45,21 +52,51 @@ def test_bald_counts_votes():
     np.testing.assert_allclose(acquisition.whole_sequence(split, mask), [-0.6])
 
 
+class Stub(nnx.Module):
+    """Passes that are equally in doubt, or sure of one tag each, by the key."""
+
+    def __init__(self, torn):
+        self.torn, self.cfg = torn, CnnCnnLstmConfig.tiny(tags=2)
+
+    def words(self, words, vectors, key):
+        return vectors, None
+
+    def decode_encoded(self, h, real, key, probabilities):
+        tags = jax.random.bernoulli(key, shape=real.shape).astype(jnp.int16)
+        p = jnp.full((*real.shape, 2), 0.5) if self.torn else jax.nn.one_hot(tags, 2)
+        return SimpleNamespace(tags=tags, log_probs=jnp.log(jnp.maximum(p, 1e-30)))
+
+
 def test_information_of_passes():
-    sure, torn = np.array([1.0, 0.0]), np.array([0.5, 0.5])
-    agree = np.tile(torn, (4, 1, 2, 1))  # all passes equally in doubt: nothing to be learned of them
-    differ = np.stack([np.tile(sure if m % 2 else sure[::-1], (1, 2, 1)) for m in range(4)])
-    mask = np.array([[1, 0]], bool)
-    with np.errstate(divide="ignore"):
-        found = [acquisition.bald_information(np.log(p), mask)[0] for p in (agree, differ)]
-    np.testing.assert_allclose(found, [0, np.log(2)], atol=1e-12)
-    np.testing.assert_allclose(acquisition.token_entropy(np.array([[1.0, 3.0]]), mask | True), [2.0])
-    np.testing.assert_allclose(acquisition.token_entropy(np.array([[1.0, 3.0]]), mask | True, mean=False), [4.0])
+    words, keys = jnp.array([[START, END + 1, UNK, END, PAD]]), jax.random.split(jax.random.key(0), 20).reshape(5, 4)
+    found = [_passes(*nnx.split(Stub(torn)), words, jnp.zeros((1, 5, 3)), keys, "all", True) for torn in (True, False)]
+    assert found[0][0].shape == (20, 1, 5)
+    np.testing.assert_allclose(found[0][1], np.zeros((1, 5)), atol=1e-6)  # nothing to be learned of any
+    share = np.asarray(found[1][0])[:, 0, 1:3].mean(0)  # of passes that are sure of tag 1: all doubt is between them
+    assert ((share > 0) & (share < 1)).all()
+    wanted = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    np.testing.assert_allclose(found[1][1], [[0, *wanted, 0, 0]], atol=1e-5)
+
+
+def test_entropy_of_words():
+    mask = np.ones((1, 2), bool)
+    np.testing.assert_allclose(acquisition.token_entropy(np.array([[1.0, 3.0]]), mask), [2.0])
+    np.testing.assert_allclose(acquisition.token_entropy(np.array([[1.0, 3.0]]), mask, mean=False), [4.0])
 
 
 def test_a_diverged_model_is_told_of():
     with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
         acquisition.mnlp(np.where(np.arange(4)[:, None] == 1, np.nan, LOG), MASK)
+
+
+def test_representatives_are_looked_for_among_what_fits(monkeypatch):
+    pool = [["w"] * n for n in (10, 10, 3, 4)]  # the first two are in most doubt, and fill four budgets
+    monkeypatch.setattr(strategies, "scores", lambda *_, **__: np.array([4.0, 3, 2, 1]))
+    monkeypatch.setattr(strategies, "vectors", lambda tagger, sentences: np.eye(4)[:len(sentences)])
+    chosen = [strategies.choose("submod", None, pool, 5, overshoot=overshoot) for overshoot in (False, True)]
+    assert set(chosen[0]) <= {2, 3} and len(chosen[0]) == 1 and set(chosen[1]) <= {0, 1}
+    with pytest.raises(UserError, match="a budget of 2 words is below the shortest sentence of the pool, 3 words"):
+        strategies.choose("submod", None, pool, 2, overshoot=False)
 
 
 SCORES = np.array([0.1, 0.9, 0.5, 0.5, 0.5, 0.9])

@@ -198,9 +198,22 @@ def test_what_is_saved_is_what_is_loaded(tagger, tmp_path):
         tagger.save(tmp_path / "model")
 
 
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values))
+
+
 @pytest.mark.parametrize("damage, told", [
     (lambda folder: (folder / "vocabulary.json").unlink(), "vocabulary.json is missing or damaged"),
     (lambda folder: (folder / "vocabulary.json").write_text('{"words": []}'), "the vocabulary is damaged"),
+    (lambda folder: (folder / "vocabulary.json").write_text("[]"), "holds a JSON list, not an object"),
+    (lambda folder: change(folder / "vocabulary.json", calibration={"x": [1, 2]}), "no two numbers each for entity"),
+    (lambda folder: change(folder / "vocabulary.json", calibration={"entity": [1]}), "no two numbers each for entity"),
+    (lambda folder: change(folder / "vocabulary.json", calibration=[]), "no two numbers each for entity and sentence"),
+    (lambda folder: change(folder / "vocabulary.json", joins=[1]), "joins is .1., no list of strings"),
+    (lambda folder: change(folder / "vocabulary.json", joins=["a-("]), "vocabulary.json is missing or damaged"),
+    (lambda folder: change(folder / "config.json", char_layers=1001), "char_layers 1001 is over the limit of 1000"),
+    (lambda folder: change(folder / "config.json", word_layers=10**9), "word_layers 1000000000 is over the limit"),
+    (lambda folder: change(folder / "config.json", words=5.5), "words is 5.5, no size"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "holds a 'bert', not a tagger"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "cnn_cnn_lstm"}'), "config.json is damaged"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "shorter than a safetensors header"),

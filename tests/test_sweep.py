@@ -223,3 +223,16 @@ def test_more_variants_than_colours_are_told_apart():
         assert len({(line.get_color(), line.get_linestyle()) for line in shown}) == len(shown) == 9
         # the first seed of each has no curve, and the second then has the name
         assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == list(trials)
+
+
+@pytest.mark.parametrize("more, unit, places", [
+    ({"tokens": 9}, "tokens read", [9, 18]),  # of which 4 are asked for
+    ({}, "examples or tokens trained on", [4, 8]),
+])
+def test_curves_lie_over_what_was_read(more, unit, places):
+    lines = [{"step": step, "weight": 4, "loss": 1.0, **more} for step in (1, 2)]
+    drawn = []
+    report = SimpleNamespace(section=lambda *_: None, figure=lambda figure, *_: drawn.append(figure))
+    sweep_report._curves(report, {"a": {"0": ({}, lines)}})
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == unit and axes.get_lines()[0].get_xdata().tolist() == places

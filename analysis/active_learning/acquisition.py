@@ -7,9 +7,6 @@ words.
 
 import numpy as np
 
-# Paper's score = SIGN * ours (Shen et al. 2018, section 4): it picks the smallest MNLP and the largest LC and BALD.
-SIGNS = {"mnlp": -1, "least_confidence": 1, "bald_vote": 1}
-
 
 def random(count: int, seed: int) -> np.ndarray:
     """RAND: uniform."""
@@ -23,7 +20,7 @@ def least_confidence(log_prob: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def mnlp(log_prob: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """MNLP with its sign turned: -(1/n) Σ log P(ŷ_i | ŷ_<i, x)."""
+    """MNLP with its sign turned (Shen et al. 2018, section 4, pick the smallest): -(1/n) Σ log P(ŷ_i | ŷ_<i, x)."""
     return _mean(-np.asarray(log_prob, float), mask)
 
 
@@ -40,14 +37,6 @@ def whole_sequence(tags: np.ndarray, mask: np.ndarray) -> np.ndarray:
     port breaks them by MNLP."""
     agree = np.stack([((tags == tags[m]) | ~mask).all(-1).sum(0) for m in range(len(tags))]).max(0)
     return _checked(-agree / len(tags), mask)
-
-
-def bald_information(log_probs: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """BALD-MI: (1/n) Σ_i H[mean_m p_i^m] - mean_m H[p_i^m], from log-probabilities [M, N, T, V]."""
-    p = np.exp(np.asarray(log_probs, float))
-    entropy = -(p * np.where(p > 0, log_probs, 0)).sum(-1).mean(0)
-    p = p.mean(0)
-    return _mean(-(p * np.log(np.where(p > 0, p, 1))).sum(-1) - entropy, mask)
 
 
 def token_entropy(entropy: np.ndarray, mask: np.ndarray, mean: bool = True) -> np.ndarray:

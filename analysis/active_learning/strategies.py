@@ -34,14 +34,16 @@ def choose(name: str, tagger: Tagger | None, pool: Sequence[Words], budget: int,
     rest = [pool[i] for i in free]
     lengths = np.array([len(words) for words in rest], int)
 
-    def by_score(name: str, budget: int) -> np.ndarray:
+    def by_score(name: str, budget: int, available: np.ndarray | None = None) -> np.ndarray:
         found = scores(name, tagger, rest, seed=seed, passes=passes, check=check)
-        return selection.by_score(found, lengths, budget, seed=seed, overshoot=overshoot)
+        return selection.by_score(found, lengths, budget, seed=seed, overshoot=overshoot, available=available)
 
     if name not in VECTORS:
         return free[by_score(name, budget)]
     if name == "submod":
-        doubtful = by_score("mnlp", WIDER * budget)
+        selection.take((), lengths, budget, overshoot=overshoot)  # takes none, but tells of a budget that buys none
+        # The most doubtful may be long ones alone, which fit into the wider budget and not into this one.
+        doubtful = by_score("mnlp", WIDER * budget, None if overshoot else lengths <= budget)
         return free[selection.facility_location(vectors(tagger, rest), lengths, budget, candidates=doubtful,
                                                 overshoot=overshoot)]
     if name == "k_means_pp":

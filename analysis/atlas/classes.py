@@ -31,18 +31,6 @@ class Classes(NamedTuple):
         """Experts of each class, by layer; in the order of CLASSES."""
         return np.stack([(self.kind == c).sum(1) for c in range(len(CLASSES))], 1)
 
-    def of_language(self, language: int) -> list[tuple[int, int]]:
-        """(layer, expert) of the experts that only this language uses."""
-        mine = (self.kind == LANGUAGE) & (self.owner == language)
-        return [(int(layer), int(e)) for layer, e in np.argwhere(mine)]
-
-    def of_family(self, family: str) -> list[tuple[int, int]]:
-        """(layer, expert) of the experts that this family uses, all members and no outsider."""
-        if family not in self.families:
-            return []
-        mine = (self.kind == FAMILY) & (self.owner == self.families.index(family))
-        return [(int(layer), int(e)) for layer, e in np.argwhere(mine)]
-
     def by_language(self) -> Int[np.ndarray, "A 5"]:
         """How many experts each language uses, by class; the last column (low) is 0."""
         return np.stack([(self.used & (self.kind == c)).sum((1, 2)) for c in range(len(CLASSES))], 1)

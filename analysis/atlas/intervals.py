@@ -23,11 +23,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether "better" or "worse" may be said at all."""
-        return self.low > 0 or self.high < 0
-
 
 def excess(dense: Units, pruned: Units, denominator: Units, samples: int = 1000, seed: int = 0) -> Interval:
     """Mean loss of `pruned` above `dense` in nats per unit of the denominator (tokens or bytes of each text).
@@ -37,21 +32,11 @@ def excess(dense: Units, pruned: Units, denominator: Units, samples: int = 1000,
     return panel_excess([(dense, pruned, denominator)], samples, seed)
 
 
-def difference(first: Units, second: Units, denominator: Units, samples: int = 1000, seed: int = 0) -> Interval:
-    """Mean loss of scheme `first` less that of scheme `second`; below 0: the first is better."""
-    return excess(second, first, denominator, samples, seed)
-
-
 def panel_excess(cases: Iterable[tuple[Units, Units, Units]], samples: int = 1000, seed: int = 0) -> Interval:
     """Mean of `excess` over languages, each weighing the same; cases: (dense, pruned, denominator) by language."""
     values, resampled = zip(*(_resample(*case, samples, seed, i) for i, case in enumerate(cases)), strict=True)
     low, high = np.percentile(np.mean(resampled, 0), [2.5, 97.5])
     return Interval(float(np.mean(values)), float(low), float(high))
-
-
-def overlap(first: Interval, second: Interval) -> bool:
-    """Whether two intervals have a point in common."""
-    return first.low <= second.high and second.low <= first.high
 
 
 def _resample(dense, pruned, denominator, samples, seed, stream) -> tuple[float, Float[np.ndarray, "samples"]]:

@@ -52,10 +52,6 @@ class Texts:
     def per_token(self) -> float:
         return float(self.nll.sum() / self.tokens.sum())
 
-    @property
-    def per_byte(self) -> float:
-        return float(self.nll.sum() / self.bytes.sum())
-
 
 def by_text(nll: np.ndarray, rows: Rows) -> Texts:
     """float[R, T] of predicted tokens (the first of each row is not predicted) -> sums by text."""

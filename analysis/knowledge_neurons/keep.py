@@ -21,7 +21,6 @@ from jaxmodels.taps import Taps
 from train import metrics
 from train.data.buckets import Bucketed
 
-ABLATIONS = ("zero", "mean")
 DIRECTIONS = ("keep", "drop")  # sufficiency, necessity
 ENOUGH = 0.95  # of the full model's score
 

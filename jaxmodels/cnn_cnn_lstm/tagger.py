@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ BATCH, FEW = 1024, 256  # positions of a batch, which fits the caches of a core;
 FORMS = 512  # distinct words whose characters are read at once
 KIND = "cnn_cnn_lstm"  # model_type in config.json
 FILE = "vocabulary.json"
+LAYERS = 1000  # that a folder may ask for: each costs memory before the weights are looked at
 
 
 class Tagged(NamedTuple):
@@ -234,8 +236,7 @@ class Tagger:
         arrays = load_arrays(checkpoint, _entries(state))
         flat = {path: variable.replace(arrays[path]) for path, variable in nnx.to_flat_state(state)}
         model = nnx.merge(graphdef, nnx.from_flat_state(flat))
-        fitted = {name: tuple(pair) for name, pair in about.get("calibration", {}).items()}
-        return cls(model, Vocabulary.from_json(about), about.get("joins", tokens.PLAIN), Calibration(**fitted))
+        return cls(model, Vocabulary.from_json(about), about["joins"], about["calibration"])
 
 
 class Batch(NamedTuple):
@@ -263,19 +264,41 @@ def _entries(state: Any) -> list[Any]:
 
 
 def _config(found: Mapping[str, Any], folder: Path) -> CnnCnnLstmConfig:
-    known = {field.name for field in dataclasses.fields(CnnCnnLstmConfig)}
+    path = folder / "config.json"
+    types = {field.name: field.type for field in dataclasses.fields(CnnCnnLstmConfig) if field.name in found}
+    for name, kind in types.items():
+        if kind is int and not (type(found[name]) is int and found[name] < 2**31):
+            raise UserError(f"{path} is damaged ({name} is {found[name]!r:.80}, no size); save the tagger again")
+    for name in ("char_layers", "word_layers"):
+        if (layers := found.get(name, 1)) > LAYERS:
+            raise UserError(f"{path}: {name} {layers} is over the limit of {LAYERS}; save the tagger again")
     try:
-        return CnnCnnLstmConfig(**{name: value for name, value in found.items() if name in known})
+        return CnnCnnLstmConfig(**{name: found[name] for name in types})
     except TypeError as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error}); save the tagger again") from None
+        raise UserError(f"{path} is damaged ({error}); save the tagger again") from None
 
 
 def _about(path: Path) -> dict[str, Any]:
+    """What is beside the weights, joins and calibration as `Tagger` takes them."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        about = json.loads(path.read_text("utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError(f"it holds a JSON {type(about).__name__}, not an object")
+        joins, fitted = about.get("joins", tokens.PLAIN), about.get("calibration", {})
+        if not isinstance(joins, list | tuple) or not all(isinstance(join, str) for join in joins):
+            raise ValueError(f"joins is {joins!r:.80}, no list of strings")
+        tokens.pattern_of(joins)
+        known = {field.name for field in dataclasses.fields(Calibration)}
+        if not isinstance(fitted, dict) or not fitted.keys() <= known or not all(map(_is_pair, fitted.values())):
+            raise ValueError(f"calibration is {fitted!r:.80}, no two numbers each for {' and '.join(sorted(known))}")
+    except (OSError, ValueError, RecursionError, re.error) as error:
         told = getattr(error, "strerror", None) or error
         raise UserError(f"{path} is missing or damaged ({told}); save the tagger again") from None
+    return about | {"joins": joins, "calibration": Calibration(**{name: tuple(pair) for name, pair in fitted.items()})}
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(v) in (int, float) and abs(v) < 1e30 for v in value)
 
 
 class _Static:

@@ -126,8 +126,8 @@ def words_of(text: str, pattern: re.Pattern[str], start: int = 0) -> list[Word]:
 
 
 def sentences_of(text: str, pattern: re.Pattern[str]) -> list[list[Word]]:
-    """The words of every sentence of a text. A line's end ends a sentence; so does a stop before a space and what may
-    begin one, but for abbreviations, initials and stops within brackets that are still open."""
+    """The words of every sentence of a text. A line's end ends a sentence; so does a stop, with what closes behind it,
+    before a space and what may begin one, but for the full stop of abbreviations and initials."""
     found, at = [], 0
     for line in re.split("(\r\n|[\n\r\u2028\u2029])", text):
         words = words_of(line, pattern, at)

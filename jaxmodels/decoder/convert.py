@@ -132,6 +132,9 @@ def _with_ours(config: DecoderConfig, ours: dict[str, Any]) -> DecoderConfig:
         if not isinstance(given, dict) or any(type(v) is not fields.get(k) for k, v in given.items()) or not (
                 {"num_experts", "top_k", "router"} <= given.keys()):
             raise UserError(f"config.json: jaxmodels.experts is {given!r:.200}; split the model again")
+        if given["router"] == "softmax":  # trained experts are the family's own, whose number `_experts` limits
+            raise UserError("config.json: jaxmodels.experts has the router softmax, which no split model has; split "
+                            "the model again")
         config = dataclasses.replace(config, experts=ExpertConfig(**given))
         E = config.experts.num_experts
         bad = [w for w in config.ffn_widths if E < 1 or w % E]
@@ -185,6 +188,9 @@ def _rope(hf: dict[str, Any]) -> RopeConfig:
     if fields.get("low_freq_factor", 1.0) >= fields.get("high_freq_factor", 4.0):
         raise UserError(f"config.json: rope's low_freq_factor {fields.get('low_freq_factor', 1.0)} must be below its "
                         f"high_freq_factor {fields.get('high_freq_factor', 4.0)}; fetch the model's own config.json")
+    if kind == "yarn" and theta <= 1:  # its range of dimensions is a logarithm to this base
+        raise UserError(f"config.json: rope_theta {theta} must be above 1 for rope type 'yarn'; fetch the model's own "
+                        "config.json")
     if kind in ("llama3", "yarn"):
         fields.setdefault("original_max_positions", hf.get("original_max_position_embeddings")
                           or hf.get("max_position_embeddings", 2048))
@@ -310,9 +316,9 @@ def entries(config: DecoderConfig) -> list[Entry]:
     for g, (start, stop) in enumerate(config.groups):
         layers = range(start, stop)
 
-        def leaf(path, shape, name, hf_shape=None, to_ours=None, to_hf=None, g=g, layers=layers):
+        def leaf(path, shape, name, hf_shape=None, to_ours=None, to_hf=None, dtype=None, g=g, layers=layers):
             sources = tuple(_source(f"model.layers.{i}.{name}", shape, hf_shape, to_ours, to_hf) for i in layers)
-            out.append(Entry(("groups", g, *path), (len(layers), *shape), sources, lead=(len(layers),)))
+            out.append(Entry(("groups", g, *path), (len(layers), *shape), sources, (len(layers),), dtype))
 
         leaf(("attention_norm", "scale"), (D,), f"{first}.weight")
         leaf(("ffn_norm", "scale"), (D,), f"{second}.weight")
@@ -361,7 +367,7 @@ def _ffn_entries(config: DecoderConfig, start: int, layers: range, leaf, out: li
                          else ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}))
         leaf(("ffn", "router", "weight"), (D, E), f"{prefix}.gate.weight", (E, D), transpose, transpose)
         if config.experts.balance_bias:  # a tensor of our own: these families have none, transformers ignores it
-            leaf(("ffn", "router", "bias"), (E,), f"{prefix}.router.bias")
+            leaf(("ffn", "router", "bias"), (E,), f"{prefix}.router.bias", dtype="float32")  # as RouterBias is
         for ours, theirs in names.items():
             shape = (F, D) if ours == "down" else (D, F)
             sources = tuple(Source(f"model.layers.{i}.{prefix}.experts.{e}.{theirs}.weight", shape[::-1], transpose,

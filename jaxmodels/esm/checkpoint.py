@@ -123,7 +123,7 @@ def _classifier(named: Named, config: EsmConfig, names: set[str], classes, pool)
         raise UserError(f"{named.path} has a classifier of {stored} classes, {classes} are asked for; leave classes "
                         "out to load it, or load with classes=0 and train a new one")
     # A file that says nothing about the pool comes from transformers, and means <cls>.
-    told = config.classes or "pool" in named.config.get("jaxmodels", {})
+    told = config.classes or "pool" in (named.config.get("jaxmodels") or {})
     kept = (config.pool if told else "cls") if stored is not None and classes else "mean"
     return {"classes": classes, "pool": pool or kept}
 

@@ -103,10 +103,3 @@ def spectral_embedding(graph: scipy.sparse.csr_array, num_experts: int) -> Float
     values, vectors = scipy.linalg.eigh(similarity, subset_by_index=[neurons - count, neurons - 1])
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(count)])
     return np.where(degree[:, None] > 0, vectors * np.maximum(values, 0.0), 0.0)
-
-
-def cut_weights(graph: Any, labels: np.ndarray) -> tuple[float, float]:
-    """Edge weight (within experts, between experts), each edge once."""
-    edges = scipy.sparse.coo_array(graph)
-    same = labels[edges.row] == labels[edges.col]
-    return float(edges.data[same].sum()) / 2, float(edges.data[~same].sum()) / 2

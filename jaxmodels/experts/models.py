@@ -70,8 +70,9 @@ def with_ffn(model: Decoder, layers: Sequence[dict[str, Any]], router: Sequence[
             arrays[("groups", g, "ffn", name)] = _stacked([layers[i][name] for i in range(start, stop)],
                                                           cfg.param_dtype)
         for name in (router[start] if router else {}):
+            dtype = "float32" if name == "bias" else cfg.param_dtype  # RouterBias, whatever the parameters are
             arrays[("groups", g, "ffn", "router", name)] = _stacked([router[i][name] for i in range(start, stop)],
-                                                                    cfg.param_dtype)
+                                                                    dtype)
     return build(cfg, arrays)
 
 

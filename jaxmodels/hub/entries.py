@@ -32,13 +32,14 @@ class Entry:
     """One leaf: `shape` = lead + (shape of each source after `to_ours`).
 
     sources are in row-major order of `lead`: lead=() one source, lead=(L,) a stack over layers,
-    lead=(L, E) a stack over layers and experts.
+    lead=(L, E) a stack over layers and experts. dtype: of the leaf, whatever the model is loaded in; default: that.
     """
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     lead: tuple[int, ...] = ()
+    dtype: str | None = None
 
     def __post_init__(self):
         if len(self.sources) != math.prod(self.lead):

@@ -10,6 +10,7 @@ from jaxmodels.hub.tokenizer import Tokenizer
 
 # tokenizer.ggml.token_type (llama.cpp, enum llama_token_type)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+LONGEST = 512  # characters of a SentencePiece piece; those of released models have fewer than 200
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -118,17 +119,20 @@ def _sentencepiece(
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise UserError(f"{path}: a tokenizer of kind llama needs one score per token; convert the model again")
+    longest = max(map(len, tokens))
+    if longest > LONGEST:  # cutting a piece everywhere takes the square of its length
+        raise UserError(f"{path}: a token of {longest} characters is over the limit of {LONGEST}; convert the model "
+                        "again")
     merges = []
     for piece, index in vocab.items():
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in vocab and pair[1] in vocab]
-        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        merges += [(scores[index], pair) for pair in known]
+        # Ids, not the halves themselves: of many long pieces the copies would fill the memory.
+        splits = ((vocab.get(piece[:cut]), vocab.get(piece[cut:])) for cut in range(1, len(piece)))
+        merges += [(scores[index], pair) for pair in sorted(pair for pair in splits if None not in pair)]
     merges.sort(key=lambda item: item[0], reverse=True)
     inner = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=[pair for _, pair in merges],
+            merges=[(tokens[left], tokens[right]) for _, (left, right) in merges],
             unk_token=tokens[unknown] if unknown is not None else None,
             fuse_unk=True,
             byte_fallback=True,

@@ -37,7 +37,7 @@ def load_arrays(
 ) -> dict[LeafPath, Any]:
     """Fill every entry's leaf from the checkpoint: path -> array of `entry.shape`.
 
-    dtype: target type of the leaves; None keeps the type of the entry's first source.
+    dtype: target type of the leaves that have none of their own; None keeps the type of the entry's first source.
     put(path, host array) -> device array places a leaf (default jax.device_put); with a sharding it may be a closure.
     ignore: regular expressions of tensor names that may be left over without a warning.
 
@@ -51,7 +51,8 @@ def load_arrays(
     _check(checkpoint, entries, ignore)
     leaves = {}
     for entry in entries:
-        target = np.dtype(_numpy_dtype(dtype) if dtype is not None else checkpoint.dtype(entry.sources[0].name))
+        wanted = dtype if entry.dtype is None else entry.dtype
+        target = np.dtype(_numpy_dtype(wanted) if wanted is not None else checkpoint.dtype(entry.sources[0].name))
         leaf = np.empty(entry.shape, target)
         parts = leaf.reshape(len(entry.sources), *entry.part_shape)
         for index, source in enumerate(entry.sources):

@@ -139,8 +139,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"{file} is not readable text ({error}); fetch the file again") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        template = next((item.get("template") for item in reversed(template)
+                         if isinstance(item, dict) and item.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

@@ -119,12 +119,6 @@ class Checkpoints:
         else:
             self._in_a_row = 0
 
-    def latest(self) -> int | None:
-        """The newest step with a commit marker, from the disk (orbax's own `latest` names steps not yet written)."""
-        none = -1
-        newest = _lead(lambda: max((step for folder in self._folders for step in folder.committed()), default=none))
-        return None if newest == none else newest
-
     def restore(self, abstract_state: Any, *, step: int | None = None, cast: bool = False) -> Restored | None:
         """The newest step (or just `step`) that is whole, placed as `abstract_state` says; None if there never was one.
 

@@ -166,11 +166,6 @@ class RunFolder:
         """Bar with ETA on stderr; yields ``advance(n=1, note="")``. See `train.runtime.progress`."""
         return progress(total, label, done)
 
-    @property
-    def stop_requested(self) -> bool:
-        """Whether a signal has asked this process to stop."""
-        return stop.requested is not None
-
     def check_stop(self) -> None:
         """Raises Interrupted if a signal has asked to stop. Call it between units of work, after saving."""
         stop.check()
