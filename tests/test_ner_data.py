@@ -322,6 +322,9 @@ def test_vocabulary():
         vocabulary.encode_tags(["S-Y"])
     with pytest.raises(UserError, match="the vocabulary is damaged"):
         Vocabulary.from_json({"words": ["a"]})
+    for length, told in ((10**9, "1000000000 characters of a word are over the limit"), (1e400, "is damaged")):
+        with pytest.raises(UserError, match=told):
+            Vocabulary.from_json(vocabulary.to_json() | {"length": length})
     assert pieces(300, 126) == [(0, 100), (100, 200), (200, 300)] and pieces(3, 126) == [(0, 3)]
 
 

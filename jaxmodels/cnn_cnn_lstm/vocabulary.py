@@ -13,6 +13,7 @@ from jaxmodels.errors import UserError
 
 SPECIAL = END + 1  # rows that stand for no word, no character
 CHARS = 20  # of a word that are read: 99.8 % of the words of four corpora are no longer
+LONGEST = 1000  # that may be asked for: a batch has this width for every word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Vocabulary:
                 raise UserError(f"the vocabulary has {twice!r} twice among its {name}; leave one out")
         if self.length < 4:
             raise UserError(f"{self.length} characters of a word leave nothing to read; take 4 or more")
+        if self.length > LONGEST:
+            raise UserError(f"{self.length} characters of a word are over the limit of {LONGEST}; take fewer")
 
     @classmethod
     def build(cls, sentences: Iterable[Sequence[str]], types: Iterable[str], *, more_words: Iterable[str] = (),
@@ -106,7 +109,9 @@ class Vocabulary:
             lists = {name: tuple(about[name]) for name in ("words", "chars", "types")}
             if not all(isinstance(item, str) for values in lists.values() for item in values):
                 raise TypeError
-            return cls(**lists, length=int(about["length"]))
+            if type(about["length"]) is not int:
+                raise TypeError
+            return cls(**lists, length=about["length"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
