@@ -404,7 +404,8 @@ def test_several_runs_are_compared(capsys, tmp_path):
     page = (tmp_path / "comparison.html").read_text()
     assert "2 runs compared" in page and "r1" in page and "units" in page
     assert run(capsys, "report", *runs, "--out", tmp_path / "other.html") == str(tmp_path / "other.html")
-    assert run(capsys, "report", runs[0]) == str(runs[0] / "report.html")
+    one = run(capsys, "report", runs[0], "--experiment", "tests.tiny_experiment")
+    assert one == str(runs[0] / "report.html")
     refused(capsys, "given twice", "report", runs[0], runs[0])
     refused(capsys, "--out is for comparing", "report", runs[0], "--out", tmp_path / "x.html")
     refused(capsys, "is not a run folder", "report", runs[0], tmp_path / "nowhere", "--out", tmp_path / "x.html")
