@@ -349,7 +349,9 @@ def command_prune(arguments: argparse.Namespace) -> int:
     share = 0.5 if arguments.share is None else arguments.share
     if not 0 < share <= 1:
         raise UserError(f"--share {share:g}: it must be above 0 and at most 1")
-    keep = None if arguments.keep is None else _read_keep(arguments.keep)
+    from analysis.keep_file import read_keep
+
+    keep = None if arguments.keep is None else read_keep(arguments.keep)
     out = _new_folder(arguments.out)
     prepare_jax()
     from analysis.prune_language import cut
@@ -371,29 +373,6 @@ def command_prune(arguments: argparse.Namespace) -> int:
         small = cut(model, keep=keep, share=share, rows=rows, repair=arguments.repair, advance=advance)
     print(_save(small, out, tokenizer, arguments.model))
     return 0
-
-
-def _read_keep(path: str):
-    from zipfile import BadZipFile
-
-    import numpy as np
-
-    try:
-        keep = np.load(path, allow_pickle=False)
-        if isinstance(keep, np.lib.npyio.NpzFile):
-            if len(keep.files) != 1:
-                raise UserError(f"{path} holds {', '.join(keep.files) or 'nothing'}; it must hold one array")
-            keep = keep[keep.files[0]]
-        if not isinstance(keep, np.ndarray):  # what is no .npy in a zip comes as its bytes
-            raise ValueError("what the zip holds is no .npy")
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, MemoryError, BadZipFile) as error:  # what damaged files end in
-        raise UserError(f"cannot read {path} as .npy or .npz: {error}") from error
-    if keep.ndim != 2 or keep.dtype != bool:
-        raise UserError(f"{path} holds {keep.dtype}{list(keep.shape)}; it must hold bool[layers, experts] or "
-                        "bool[layers, neurons]")  # fmt: skip
-    return keep
 
 
 def _load(arguments: argparse.Namespace, needs_tokenizer: bool):

@@ -10,7 +10,7 @@ from jaxmodels.hub.tokenizer import Tokenizer
 
 # tokenizer.ggml.token_type (llama.cpp, enum llama_token_type)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-LONGEST = 512  # characters of a SentencePiece piece; those of released models have fewer than 200
+LONGEST = 512  # characters of a SentencePiece piece that is cut everywhere to find its merges
 
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
