@@ -157,9 +157,13 @@ def _points(results: Mapping[str, Any], metrics: list[dict[str, Any]], key: str,
 
 
 def title(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The experiment, and the grids that were run in this folder."""
+    """The experiment, and the grids that were run in this folder; of long ones what they vary."""
     about = config.get("config") or {}
-    return f"{about.get('experiment')}: {' and '.join(results.get('grids') or [str(about.get('grid'))])}"
+    grids = results.get("grids") or [str(about.get("grid"))]
+    told = " and ".join(grids)
+    if len(told) > 80:
+        told = ", ".join(dict.fromkeys(part.partition("=")[0] for grid in grids for part in grid.split(";")))
+    return f"{about.get('experiment')}: {told}"
 
 
 def status(results: Mapping[str, Any], trials: Trials, unfinished: list[str]) -> str:

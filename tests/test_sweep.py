@@ -93,6 +93,14 @@ def test_one_of_a_group_fails(tmp_path, capsys):
     assert "total" in found[2] and found[1]["error"] == "ZeroDivisionError: an odd bug"
 
 
+def test_a_title_names_what_long_grids_vary():
+    about = {"config": {"experiment": "x", "grid": "main"}}
+    assert sweep_report.title(about, {}) == "x: main"
+    assert sweep_report.title(about, {"grids": ["main", "a=1,2"]}) == "x: main and a=1,2"
+    long = [f"a={','.join(map(str, range(40)))};b=3", "a=7", "main"]
+    assert sweep_report.title(about, {"grids": long}) == "x: a, b, main"
+
+
 def test_the_report_leaves_out_what_no_trial_changes(tmp_path):
     """Of two, how many units were computed; of a single trial nothing is left out."""
     for grid, there in (("inner.size=2,5", False), ("inner.size=2", True)):
